@@ -1,0 +1,18 @@
+"""`drop`: the paper's "claim" (section 3.1). The packet was logged; it goes no further."""
+
+from dataclasses import dataclass
+
+from itmlang.actions.action import Action, Lowered
+from itmlang.packet import Packet
+
+
+@dataclass(frozen=True)
+class Drop(Action):
+    words = ("drop",)
+    verdict = "drop"
+
+    def lower(self, family: int) -> Lowered:
+        return Lowered()
+
+    def run(self, packet: Packet) -> None:
+        pass

@@ -1,0 +1,372 @@
+"""Policies -> simpler policies of the same meaning.
+
+Conditions come out in negation normal form, with tests on one field merged and
+flow tests turned into `Over`. What the interest says of every packet (`Facts`)
+prunes the rest: no IPv6 variant where only IPv4 comes, no test of a field that
+each packet has. True is `And(())`, false is `Or(())`.
+
+Negation is the delicate part. A test is false on a packet without the field, so
+`not sport in S` is true there and is NOT "sport in the complement of S". Only
+where every packet has the field may the set be complemented.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from itmlang import ir, values
+from itmlang.diagnostics import Findings
+from itmlang.fields import FIELDS, Field
+from itmlang.source import Span
+from itmlang.values import FAMILIES, IPV4, Addresses, InexpressibleError, Ranges, ValueSet
+
+# In a policy with more rules than this, only equal conditions are looked for among earlier classes.
+MOST_COMPARED: Final = 500
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What holds for every packet that a condition is asked about."""
+
+    hooks: tuple[str, ...]
+    families: tuple[int, ...] = FAMILIES
+    protocols: Ranges = Ranges.of(255, [(0, 255)])
+    protocol_known: bool = False  # no packet lacks the field `protocol`
+    interested: bool = False  # the packets have passed the interest
+
+    def always_has(self, field: Field) -> bool:
+        """Does every packet have the field?"""
+        if any(field.hooks.get(hook) != "all" for hook in self.hooks):
+            return False
+        if field is FIELDS["protocol"]:
+            return self.protocol_known or self.families == (IPV4,)
+        return field.whole and field.protocols is None
+
+
+@dataclass(frozen=True)
+class Simplified:
+    """A policy with its conditions in simple form; `policy` is the one it came from."""
+
+    policy: ir.Policy
+    facts: Facts
+    interest: ir.Condition
+    rules: tuple[ir.ClassRule, ...]
+
+
+def simplify(policy: ir.Policy, findings: Findings) -> Simplified:
+    """Simplify one policy; what can never match is warned about."""
+    outside = Facts(policy.hooks)
+    interest = _Simplifier(policy, outside).condition(policy.interest)
+    facts = _facts(interest, outside)
+    if not facts.families or is_false(interest):
+        findings.warning(
+            "W005",
+            f"the interest of `{policy.name}` matches no packet",
+            policy.interest.span,
+            help="its fields are and-ed: one of them rules out what another one asks for",
+        )
+        interest = FALSE(policy.interest.span)
+    return Simplified(policy, facts, interest, _rules(policy, facts, findings))
+
+
+def TRUE(span: Span) -> ir.Condition:
+    return ir.And((), span)
+
+
+def FALSE(span: Span) -> ir.Condition:
+    return ir.Or((), span)
+
+
+def is_true(condition: ir.Condition) -> bool:
+    return isinstance(condition, ir.And) and not condition.terms
+
+
+def is_false(condition: ir.Condition) -> bool:
+    return isinstance(condition, ir.Or) and not condition.terms
+
+
+def conjuncts(condition: ir.Condition) -> tuple[ir.Condition, ...]:
+    return condition.terms if isinstance(condition, ir.And) else (condition,)
+
+
+def disjuncts(condition: ir.Condition) -> tuple[ir.Condition, ...]:
+    return condition.terms if isinstance(condition, ir.Or) else (condition,)
+
+
+def _facts(interest: ir.Condition, facts: Facts) -> Facts:
+    """What the interest tells of the packets that pass it."""
+    families = set(facts.families)
+    protocols, known = facts.protocols, facts.protocol_known
+    for term in conjuncts(interest):
+        if not isinstance(term, ir.Test):
+            continue
+        match term.values:
+            case Addresses():
+                families &= {f for f in FAMILIES if not term.values.family(f).empty}
+            case Ranges() if term.field is FIELDS["family"]:
+                families &= {f for f in FAMILIES if (0 if f == IPV4 else 1) in term.values}
+            case Ranges() if term.field is FIELDS["protocol"]:
+                protocols, known = protocols.intersection(term.values), True
+            case _:
+                pass
+        if term.field.protocols is not None:
+            needed = Ranges.of(255, [(p, p) for p in term.field.protocols])
+            protocols, known = protocols.intersection(needed), True
+    return replace(
+        facts,
+        families=tuple(f for f in FAMILIES if f in families),
+        protocols=protocols,
+        protocol_known=known,
+        interested=True,
+    )
+
+
+def _rules(
+    policy: ir.Policy, facts: Facts, findings: Findings
+) -> tuple[ir.ClassRule, ...]:
+    simplifier = _Simplifier(policy, facts)
+    kept: list[ir.ClassRule] = []
+    compared = kept if len(policy.rules) <= MOST_COMPARED else []
+    seen: dict[object, ir.ClassRule] = {}
+    for rule in policy.rules:
+        if rule.condition is None:
+            kept.append(rule)
+            break  # what follows was warned about by the checker
+        condition = simplifier.condition(rule.condition)
+        earlier = seen.get(_shape(condition)) or next(
+            (k for k in compared if k.condition and _implies(condition, k.condition)), None
+        )
+        if is_false(condition):
+            findings.warning("W004", f"no packet can be `{rule.name}` here", rule.span)
+        elif earlier is not None:
+            findings.warning(
+                "W001",
+                f"`{rule.name}` is never reached: `{earlier.name}` takes its packets",
+                rule.span,
+                notes=(("the earlier class is here", earlier.span),),
+            )
+        elif is_true(condition):
+            kept.append(replace(rule, condition=None))
+            break
+        else:
+            kept.append(replace(rule, condition=condition))
+            seen[_shape(condition)] = kept[-1]
+    return tuple(kept)
+
+
+def _shape(condition: ir.Condition) -> object:
+    """A condition without its places: equal for equal meaning written alike."""
+    match condition:
+        case ir.Test():
+            return ("test", condition.field.name, condition.values)
+        case ir.Bits():
+            return ("bits", condition.field.name, condition.mask)
+        case ir.FlowTest():
+            return ("flow", condition.flow.name, condition.attribute, condition.values)
+        case ir.Over():
+            return ("over", condition.flow.name, condition.attribute, condition.threshold)
+        case ir.Not():
+            return ("not", _shape(condition.term))
+        case ir.And() | ir.Or():
+            return (type(condition).__name__, frozenset(map(_shape, condition.terms)))
+
+
+def _implies(a: ir.Condition, b: ir.Condition) -> bool:
+    """Is b true wherever a is? May say False where it is hard to see."""
+    match a, b:
+        case _, ir.Or():
+            return any(_implies(a, term) for term in b.terms)
+        case _, ir.And():
+            return all(_implies(a, term) for term in b.terms)
+        case ir.And(), _:
+            return any(_implies(term, b) for term in a.terms)
+        case ir.Or(), _:
+            return bool(a.terms) and all(_implies(term, b) for term in a.terms)
+        case ir.Test(), ir.Test():
+            if a.field is not b.field:
+                return False
+            try:
+                return values.intersection(a.values, b.values) == a.values
+            except InexpressibleError:
+                return False
+        case ir.Over(), ir.Over():
+            same = (a.flow.name, a.attribute) == (b.flow.name, b.attribute)
+            return same and a.threshold >= b.threshold
+        case _:
+            return _shape(a) == _shape(b)
+
+
+class _Simplifier:
+    def __init__(self, policy: ir.Policy, facts: Facts) -> None:
+        self.facts = facts
+        self.counted = {count.flow.name for count in policy.counts}
+
+    def condition(self, condition: ir.Condition, negate: bool = False) -> ir.Condition:
+        """The simple form of the condition, or of its negation."""
+        match condition:
+            case ir.Not():
+                return self.condition(condition.term, not negate)
+            case ir.And() | ir.Or():
+                terms = [self.condition(term, negate) for term in condition.terms]
+                conjunction = isinstance(condition, ir.And) != negate
+                return (self._and if conjunction else self._or)(terms, condition.span)
+            case ir.FlowTest():
+                return self.condition(self._overs(condition), negate)
+            case ir.Test():
+                return self._test(condition, negate)
+            case ir.Bits():
+                if self._ruled_out(condition.field) or not condition.mask:
+                    return self._constant(negate, condition.span)
+            case ir.Over():
+                pass
+        return ir.Not(condition, condition.span) if negate else condition
+
+    @staticmethod
+    def _constant(value: bool, span: Span) -> ir.Condition:
+        return TRUE(span) if value else FALSE(span)
+
+    def _ruled_out(self, field: Field) -> bool:
+        """Does no packet have the field, by its protocol?"""
+        if field.protocols is None:
+            return False
+        return not any(p in self.facts.protocols for p in field.protocols)
+
+    def _test(self, test: ir.Test, negate: bool) -> ir.Condition:
+        found, full = self._possible(test)
+        if found.empty or self._ruled_out(test.field):
+            return self._constant(negate, test.span)
+        always = self.facts.always_has(test.field)
+        if full and always:
+            return self._constant(not negate, test.span)
+        if negate and always:
+            return self._test(replace(test, values=values.complement(test.values)), False)
+        simple = replace(test, values=found)
+        return ir.Not(simple, test.span) if negate else simple
+
+    def _possible(self, test: ir.Test) -> tuple[ValueSet, bool]:
+        """The values that can occur, and whether that is every value that can."""
+        match test.values:
+            case Addresses():
+                none = Addresses()
+                kept = [
+                    (test.values if family in self.facts.families else none).family(family)
+                    for family in FAMILIES
+                ]
+                full = all(test.values.family(f).full for f in self.facts.families)
+                return Addresses(*kept), full
+            case Ranges() if self.facts.interested and test.field is FIELDS["protocol"]:
+                found = test.values.intersection(self.facts.protocols)
+                return found, found == self.facts.protocols
+            case Ranges() if self.facts.interested and test.field is FIELDS["family"]:
+                possible = Ranges.of(
+                    1, [(0 if f == IPV4 else 1,) * 2 for f in self.facts.families]
+                )
+                found = test.values.intersection(possible)
+                return found, found == possible
+            case _:
+                return test.values, test.values.full
+
+    def _overs(self, test: ir.FlowTest) -> ir.Condition:
+        """A test of a flow's count, by thresholds; the flow's key is what must be there."""
+        covered = {name for field in test.flow.key for name in field.covers}
+        here = [
+            ir.Test(f, f.type.everything, test.span)
+            for f in test.flow.key
+            if not self.facts.always_has(f) and f.name not in covered
+        ]
+        if test.flow.name not in self.counted:  # always 0
+            zero = 0 in test.values
+            return ir.And(tuple(here), test.span) if zero else FALSE(test.span)
+        parts: list[ir.Condition] = []
+        for lo, hi in test.values.spans:
+            terms: list[ir.Condition] = [*here] if lo == 0 else []
+            if lo > 0:
+                terms.append(ir.Over(test.flow, test.attribute, lo - 1, test.span))
+            if hi < test.values.limit:
+                over = ir.Over(test.flow, test.attribute, hi, test.span)
+                terms.append(ir.Not(over, test.span))
+            parts.append(ir.And(tuple(terms), test.span))
+        return ir.Or(tuple(parts), test.span)
+
+    def _and(self, terms: Sequence[ir.Condition], span: Span) -> ir.Condition:
+        flat = [leaf for term in terms for leaf in conjuncts(term)]
+        merged = _merge(flat, values.intersection, max, min)
+        if any(is_false(t) or self._empty(t) for t in merged) or _contradicts(merged):
+            return FALSE(span)
+        merged = self._assume_keys(merged)
+        return merged[0] if len(merged) == 1 else ir.And(tuple(merged), span)
+
+    def _or(self, terms: Sequence[ir.Condition], span: Span) -> ir.Condition:
+        flat = [leaf for term in terms for leaf in disjuncts(term)]
+        merged = _merge(flat, values.union, min, max)
+        merged = [self._test(t, False) if isinstance(t, ir.Test) else t for t in merged]
+        if any(is_true(t) for t in merged) or _contradicts(merged):
+            return TRUE(span)
+        merged = [t for t in merged if not is_false(t)]
+        return merged[0] if len(merged) == 1 else ir.Or(tuple(merged), span)
+
+    def _empty(self, term: ir.Condition) -> bool:
+        return isinstance(term, ir.Test) and self._possible(term)[0].empty
+
+    def _assume_keys(self, terms: list[ir.Condition]) -> list[ir.Condition]:
+        """Drop tests that a key is there, where `Over` of the same flow says so already."""
+        present = {f.name for t in terms if isinstance(t, ir.Over) for f in t.flow.key}
+        if not present:
+            return terms
+        return [
+            leaf
+            for term in terms
+            for leaf in conjuncts(self._without_presence(term, present))
+        ]
+
+    def _without_presence(self, term: ir.Condition, present: set[str]) -> ir.Condition:
+        match term:
+            case ir.Test() if term.field.name in present and term.values.full:
+                return TRUE(term.span)
+            case ir.And():
+                return self._and([self._without_presence(t, present) for t in term.terms], term.span)
+            case ir.Or():
+                return self._or([self._without_presence(t, present) for t in term.terms], term.span)
+            case _:
+                return term
+
+
+def _merge(
+    terms: Iterable[ir.Condition],
+    combine: Callable[[ValueSet, ValueSet], ValueSet],
+    stronger: Callable[[int, int], int],
+    weaker: Callable[[int, int], int],
+) -> list[ir.Condition]:
+    """Tests of one field made one, thresholds of one flow made one, doubles dropped."""
+    merged: dict[object, ir.Condition] = {}
+    for term in terms:
+        match term:
+            case ir.Test():
+                key: object = ("test", term.field.name)
+                old = merged.get(key)
+                if isinstance(old, ir.Test):
+                    try:
+                        term = replace(old, values=combine(old.values, term.values))
+                    except InexpressibleError:
+                        key = (key, len(merged))
+            case ir.Over():
+                key = ("over", term.flow.name, term.attribute)
+                old = merged.get(key)
+                if isinstance(old, ir.Over):
+                    term = replace(old, threshold=stronger(old.threshold, term.threshold))
+            case ir.Not(term=ir.Over() as over):
+                key = ("not over", over.flow.name, over.attribute)
+                old = merged.get(key)
+                if isinstance(old, ir.Not) and isinstance(old.term, ir.Over):
+                    threshold = weaker(old.term.threshold, over.threshold)
+                    term = ir.Not(replace(over, threshold=threshold), old.span)
+            case _:
+                key = _shape(term)
+        merged[key] = term
+    return list(merged.values())
+
+
+def _contradicts(terms: Iterable[ir.Condition]) -> bool:
+    """Is there a term beside its own negation?"""
+    shapes = {_shape(t) for t in terms}
+    return any(("not", shape) in shapes for shape in shapes)

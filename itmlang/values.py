@@ -1,0 +1,398 @@
+"""Values and their types: what a field can hold and how it is written.
+
+Every comparison of the language comes down to "the field's value lies in this
+set", so a set of values is the one thing that all later stages handle:
+`Ranges` (integers), `Addresses` (IPv4 and IPv6 apart) or `Names` (interface
+patterns). They share one small algebra: union, intersection, complement,
+membership. A `Type` says which of them a field has, what its values may be
+called and which units it takes.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, reduce
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from operator import itemgetter
+from typing import Final, Self
+
+IPV4: Final = 4
+IPV6: Final = 6
+FAMILIES: Final = (IPV4, IPV6)
+ADDRESS_MAX: Final = {IPV4: 2**32 - 1, IPV6: 2**128 - 1}
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """A set of integers from 0 to `limit`, as sorted, disjoint, non-touching intervals."""
+
+    limit: int
+    spans: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of(cls, limit: int, intervals: Iterable[tuple[int, int]]) -> Self:
+        """The set of the given inclusive intervals; what lies outside 0..limit is cut off."""
+        merged: list[tuple[int, int]] = []
+        clipped = ((max(lo, 0), min(hi, limit)) for lo, hi in intervals)
+        for lo, hi in sorted(pair for pair in clipped if pair[0] <= pair[1]):
+            if merged and lo <= merged[-1][1] + 1:
+                merged[-1] = (merged[-1][0], max(hi, merged[-1][1]))
+            else:
+                merged.append((lo, hi))
+        return cls(limit, tuple(merged))
+
+    @property
+    def empty(self) -> bool:
+        return not self.spans
+
+    @property
+    def full(self) -> bool:
+        return self.spans == ((0, self.limit),)
+
+    def __contains__(self, value: int) -> bool:
+        index = bisect_right(self.spans, value, key=itemgetter(0)) - 1
+        return index >= 0 and value <= self.spans[index][1]
+
+    def union(self, other: "Ranges") -> "Ranges":
+        return Ranges.of(self.limit, self.spans + other.spans)
+
+    def intersection(self, other: "Ranges") -> "Ranges":
+        pairs, mine, theirs = [], 0, 0
+        while mine < len(self.spans) and theirs < len(other.spans):
+            left, right = self.spans[mine], other.spans[theirs]
+            lo, hi = max(left[0], right[0]), min(left[1], right[1])
+            if lo <= hi:
+                pairs.append((lo, hi))
+            if left[1] < right[1]:
+                mine += 1
+            else:
+                theirs += 1
+        return Ranges(self.limit, tuple(pairs))
+
+    def complement(self) -> "Ranges":
+        gaps, start = [], 0
+        for lo, hi in self.spans:
+            if start < lo:
+                gaps.append((start, lo - 1))
+            start = hi + 1
+        if start <= self.limit:
+            gaps.append((start, self.limit))
+        return Ranges(self.limit, tuple(gaps))
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """A set of IP addresses: one field for both families, so IPv4 and IPv6 side by side."""
+
+    v4: Ranges = Ranges(ADDRESS_MAX[IPV4])
+    v6: Ranges = Ranges(ADDRESS_MAX[IPV6])
+
+    @classmethod
+    def of(cls, intervals: Iterable[tuple[int, int, int]]) -> Self:
+        """The set of inclusive intervals (family, low, high)."""
+        every = list(intervals)
+        return cls(
+            *(
+                Ranges.of(ADDRESS_MAX[family], [(lo, hi) for f, lo, hi in every if f == family])
+                for family in FAMILIES
+            )
+        )
+
+    def family(self, family: int) -> Ranges:
+        return self.v4 if family == IPV4 else self.v6
+
+    @property
+    def empty(self) -> bool:
+        return self.v4.empty and self.v6.empty
+
+    @property
+    def full(self) -> bool:
+        return self.v4.full and self.v6.full
+
+    def __contains__(self, value: tuple[int, int]) -> bool:
+        """Is (family, address as an integer) in the set?"""
+        return value[1] in self.family(value[0])
+
+    def union(self, other: "Addresses") -> "Addresses":
+        return Addresses(self.v4.union(other.v4), self.v6.union(other.v6))
+
+    def intersection(self, other: "Addresses") -> "Addresses":
+        return Addresses(self.v4.intersection(other.v4), self.v6.intersection(other.v6))
+
+    def complement(self) -> "Addresses":
+        return Addresses(self.v4.complement(), self.v6.complement())
+
+
+@dataclass(frozen=True)
+class Names:
+    """A set of interface names: those that match a pattern (`veth*`), or all others."""
+
+    patterns: frozenset[str] = frozenset()
+    inverted: bool = False
+
+    @property
+    def empty(self) -> bool:
+        return not self.patterns and not self.inverted
+
+    @property
+    def full(self) -> bool:
+        return not self.patterns and self.inverted
+
+    def __contains__(self, name: str) -> bool:
+        return any(_matches(p, name) for p in self.patterns) != self.inverted
+
+    def union(self, other: "Names") -> "Names":
+        return self.complement().intersection(other.complement()).complement()
+
+    def intersection(self, other: "Names") -> "Names":
+        match self.inverted, other.inverted:
+            case False, False:
+                both = {p for p in self.patterns if _within(p, other)} | {
+                    p for p in other.patterns if _within(p, self)
+                }
+                return Names(frozenset(both))
+            case True, True:
+                return Names(self.patterns | other.patterns, True)
+            case True, False:
+                return other.intersection(self)
+            case _:
+                if any(_within(p, Names(self.patterns)) for p in other.patterns - self.patterns):
+                    raise InexpressibleError("all of a pattern's interfaces but some of them")
+                return Names(frozenset(p for p in self.patterns if not _within(p, other, True)))
+
+    def complement(self) -> "Names":
+        return Names(self.patterns, not self.inverted)
+
+
+class InexpressibleError(Exception):
+    """A set that has no compact form; the caller keeps the two tests apart."""
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern
+
+
+def _within(pattern: str, names: Names, inverted: bool = False) -> bool:
+    """Is each name of the pattern in the (un-inverted) patterns of `names`?"""
+    if names.inverted != inverted:
+        return False
+    return any(
+        pattern == other or (other.endswith("*") and pattern.startswith(other[:-1]))
+        for other in names.patterns
+    )
+
+
+ValueSet = Ranges | Addresses | Names
+
+
+@dataclass(frozen=True)
+class Type:
+    """What a value is: its kind of set, its greatest value, its names and its units.
+
+    `units` maps a unit to the number of base units in it; `plain` tells whether a
+    number without a unit is taken. `refused` maps names that one would expect to
+    the reason why they cannot be used.
+    """
+
+    name: str
+    kind: str  # "integer", "address", "interface" or "duration"
+    limit: int = 0
+    names: Mapping[str, int] = field(default_factory=dict)
+    units: Mapping[str, int] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    plain: bool = True
+    article: str = "a"
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    @property
+    def nothing(self) -> ValueSet:
+        match self.kind:
+            case "address":
+                return Addresses()
+            case "interface":
+                return Names()
+            case _:
+                return Ranges(self.limit)
+
+    @property
+    def everything(self) -> ValueSet:
+        return complement(self.nothing)
+
+    @cached_property
+    def _by_value(self) -> dict[int, str]:
+        return {value: name for name, value in reversed(list(self.names.items()))}
+
+    def text(self, value: int | tuple[int, int] | str) -> str:
+        """A value as one would write it in a policy."""
+        if isinstance(value, str):
+            return f'"{value}"'
+        if isinstance(value, tuple):
+            return address_text(*value)
+        if self.kind == "duration":
+            return duration_text(value)
+        return self._by_value.get(value, str(value))
+
+
+def union(a: ValueSet, b: ValueSet) -> ValueSet:
+    """The values in either set; both must be of one kind."""
+    match a, b:
+        case (Ranges(), Ranges()) | (Addresses(), Addresses()) | (Names(), Names()):
+            return a.union(b)  # type: ignore[arg-type]
+    raise TypeError(f"{a!r} and {b!r} are not of one kind")
+
+
+def union_all(nothing: ValueSet, sets: Sequence[ValueSet]) -> ValueSet:
+    """The values in any of the sets, all of the kind of `nothing`; linear in their number."""
+    match nothing:
+        case Ranges():
+            return Ranges.of(nothing.limit, [i[1:] for one in sets for i in intervals(one)])
+        case Addresses():
+            return Addresses.of([i for one in sets for i in intervals(one)])
+        case Names():
+            return reduce(union, sets, nothing)
+
+
+def intersection(a: ValueSet, b: ValueSet) -> ValueSet:
+    """The values in both sets; both must be of one kind.
+
+    Raises `InexpressibleError` where two interface patterns have no common form.
+    """
+    match a, b:
+        case (Ranges(), Ranges()) | (Addresses(), Addresses()) | (Names(), Names()):
+            return a.intersection(b)  # type: ignore[arg-type]
+    raise TypeError(f"{a!r} and {b!r} are not of one kind")
+
+
+def complement(values: ValueSet) -> ValueSet:
+    """The values that are not in the set."""
+    return values.complement()
+
+
+def address_text(family: int, value: int) -> str:
+    return str(IPv4Address(value) if family == IPV4 else IPv6Address(value))
+
+
+def prefix_text(family: int, lo: int, hi: int) -> str:
+    """An address interval as an address, a prefix or `low-high`, whichever is shortest."""
+    if lo == hi:
+        return address_text(family, lo)
+    size = hi - lo + 1
+    bits = 32 if family == IPV4 else 128
+    if size & (size - 1) == 0 and lo % size == 0:
+        return f"{address_text(family, lo)}/{bits - size.bit_length() + 1}"
+    return f"{address_text(family, lo)}-{address_text(family, hi)}"
+
+
+def network_interval(text: str) -> tuple[int, int, int]:
+    """(family, low, high) of an address or a prefix.
+
+    Raises `ValueError` for what is neither, and for a prefix with host bits set.
+    """
+    network: IPv4Network | IPv6Network
+    network = IPv6Network(text) if ":" in text else IPv4Network(text)
+    low = int(network.network_address)
+    return network.version, low, low + network.num_addresses - 1
+
+
+_DURATIONS: Final = {"d": 86_400_000, "h": 3_600_000, "m": 60_000, "s": 1000, "ms": 1}
+
+
+def duration_text(milliseconds: int) -> str:
+    """A duration in its largest whole unit, as the language writes it."""
+    for unit, size in _DURATIONS.items():
+        if milliseconds % size == 0:
+            return f"{milliseconds // size}{unit}"
+    raise AssertionError("a duration is a whole number of milliseconds")
+
+
+def _dscp_names() -> dict[str, int]:
+    """RFC 2474 class selectors, RFC 2597 assured and RFC 3246 expedited forwarding, RFC 8622."""
+    names = {f"cs{n}": n << 3 for n in range(8)}
+    names |= {f"af{c}{d}": (c << 3) | (d << 1) for c in range(1, 5) for d in range(1, 4)}
+    return names | {"ef": 46, "le": 1, "va": 44}
+
+
+# IANA's protocol numbers, under the names that this language gives them.
+PROTOCOLS: Final[Mapping[str, int]] = {
+    "icmp": 1, "igmp": 2, "ipip": 4, "tcp": 6, "udp": 17, "dccp": 33, "ipv6": 41, "rsvp": 46,
+    "gre": 47, "esp": 50, "ah": 51, "icmpv6": 58, "eigrp": 88, "ospf": 89, "pim": 103,
+    "vrrp": 112, "l2tp": 115, "sctp": 132, "udplite": 136,
+}  # fmt: skip
+
+SERVICES: Final[Mapping[str, int]] = {
+    "ftp-data": 20, "ftp": 21, "ssh": 22, "telnet": 23, "smtp": 25, "dns": 53, "domain": 53,
+    "bootps": 67, "bootpc": 68, "tftp": 69, "http": 80, "kerberos": 88, "pop3": 110, "ntp": 123,
+    "imap": 143, "snmp": 161, "bgp": 179, "ldap": 389, "https": 443, "submissions": 465,
+    "isakmp": 500, "syslog": 514, "submission": 587, "ldaps": 636, "imaps": 993, "pop3s": 995,
+    "openvpn": 1194, "mysql": 3306, "stun": 3478, "rdp": 3389, "postgresql": 5432, "sip": 5060,
+    "sips": 5061, "mdns": 5353, "http-alt": 8080, "wireguard": 51820,
+}  # fmt: skip
+
+# RFC 9293 section 3.1; the two high bits by RFC 3168.
+TCP_FLAGS: Final[Mapping[str, int]] = {
+    "fin": 1, "syn": 2, "rst": 4, "psh": 8, "ack": 16, "urg": 32, "ece": 64, "cwr": 128,
+}  # fmt: skip
+
+# RFC 1349's types of service, as the paper's section 5 uses them.
+TOS_NAMES: Final[Mapping[str, int]] = {
+    "minimize-delay": 0x10,
+    "maximize-throughput": 0x08,
+    "maximize-reliability": 0x04,
+}
+_MINIMIZE_COST = "minimize-cost (0x02) lies in what is the ECN field today (RFC 3168)"
+
+_PACKETS: Final = {"packets": 1, "packet": 1}
+_BYTES: Final = {
+    "bytes": 1, "byte": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
+}  # fmt: skip
+
+FAMILY: Final = Type("family", "integer", 1, {"ipv4": 0, "ipv6": 1}, plain=False)
+PROTOCOL: Final = Type("protocol", "integer", 255, PROTOCOLS)
+ADDRESS: Final = Type("address", "address", article="an")
+PORT: Final = Type("port", "integer", 65535, SERVICES)
+INTERFACE: Final = Type("interface", "interface", article="an")
+NUMBER: Final = Type("number", "integer", 2**32 - 1)
+OCTET: Final = Type("octet", "integer", 255, article="an")
+TOS: Final = Type("tos", "integer", 255, TOS_NAMES, refused={"minimize-cost": _MINIMIZE_COST})
+DSCP: Final = Type("dscp", "integer", 63, _dscp_names())
+ECN: Final = Type(
+    "ecn", "integer", 3, {"not-ect": 0, "ect1": 1, "ect0": 2, "ce": 3}, article="an"
+)
+FLAGS: Final = Type("flag", "integer", 255, TCP_FLAGS)
+PACKETS: Final = Type("packets", "integer", 2**63 - 1, units=_PACKETS)
+BYTES: Final = Type("bytes", "integer", 2**63 - 1, units=_BYTES)
+LENGTH: Final = Type("length", "integer", 2**32 - 1, units=_BYTES)
+DURATION: Final = Type("duration", "duration", 2**48, units=_DURATIONS, plain=False)
+PRIORITY: Final = Type("priority", "integer", 2**31 - 1)
+# The bits that `set tos` and `unset tos` know.
+TOS_BIT: Final = Type(
+    "type of service", "integer", 255, TOS_NAMES,
+    refused={"minimize-cost": _MINIMIZE_COST}, plain=False,
+)  # fmt: skip
+
+# The types that a parameter can be declared with.
+PARAMETER_TYPES: Final[Mapping[str, Type]] = {
+    t.name: t
+    for t in (
+        ADDRESS, BYTES, DSCP, DURATION, ECN, FAMILY, FLAGS, INTERFACE,
+        NUMBER, OCTET, PACKETS, PORT, PROTOCOL, TOS,
+    )
+}  # fmt: skip
+
+UNITS: Final = frozenset(_PACKETS) | frozenset(_BYTES)
+DURATION_UNITS: Final = tuple(_DURATIONS)
+
+
+def intervals(values: ValueSet) -> Iterator[tuple[int, int, int]]:
+    """(family or 0, low, high) for each interval of a set of integers or addresses."""
+    match values:
+        case Ranges():
+            yield from ((0, lo, hi) for lo, hi in values.spans)
+        case Addresses():
+            for family in FAMILIES:
+                yield from ((family, lo, hi) for lo, hi in values.family(family).spans)
+        case Names():
+            raise TypeError("names have no intervals")

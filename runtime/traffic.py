@@ -1,0 +1,253 @@
+"""Network namespaces, links, addresses and routes; the only user of pyroute2.
+
+Strategy: namespaces are anonymous. A short-lived thread unshares one and leaves
+only an open file that refers to it, so the kernel frees the namespace, with every
+link in it, when that file closes: also after kill -9. Work in a namespace is work
+of a thread that has entered it, because sockets, netlink and /proc/sys/net all
+follow the namespace of the calling thread.
+
+A link made here is point to point and silent: both ends share one MAC address and
+have ARP and multicast off, so a neighbour never has to be resolved and no packet
+(ARP, neighbour or router solicitation, MLD) exists that nobody asked for.
+"""
+
+import ctypes
+import errno
+import fcntl
+import ipaddress
+import os
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import BinaryIO
+
+from pyroute2 import IPRoute  # type: ignore[import-untyped]
+from pyroute2.netlink.exceptions import NetlinkError  # type: ignore[import-untyped]
+
+CLONE_NEWNET = 0x40000000
+IFF_UP, IFF_NOARP, IFF_MULTICAST = 0x1, 0x80, 0x1000
+IFA_F_NODAD = 0x02
+SIOCETHTOOL = 0x8946
+# Of linux/ethtool.h; segmentation goes before the checksums that it rests on.
+ETHTOOL_STSO, ETHTOOL_SGSO, ETHTOOL_SGRO = 0x1F, 0x24, 0x2C
+ETHTOOL_STXCSUM, ETHTOOL_SRXCSUM = 0x17, 0x15
+OFFLOADS = (ETHTOOL_STSO, ETHTOOL_SGSO, ETHTOOL_SGRO, ETHTOOL_STXCSUM, ETHTOOL_SRXCSUM)
+MAC = "02:00:00:00:00:01"  # locally administered; the same at both ends of every link
+
+
+class TrafficError(Exception):
+    """The machine refused; the message says what was tried and what would help."""
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """A network namespace without a name in the file system.
+
+    `name` serves messages only. The namespace lives as long as `file`, or a
+    socket or a thread inside it, is alive.
+    """
+
+    name: str
+    file: BinaryIO
+
+    @classmethod
+    def create(cls, name: str) -> "Namespace":
+        """A new namespace: loopback up, and links made later get no IPv6 link-local address.
+
+        Raises TrafficError, without root for one.
+        """
+        ns = cls(name, _unshared(name))
+        try:
+            # A link-local address would bring router solicitations and MLD with it.
+            set_sysctl(ns, "net/ipv6/conf/default/addr_gen_mode", "1")
+            with _netlink(ns, "bring up lo") as netlink:
+                netlink.link("set", index=_index(ns, "lo"), state="up")
+        except BaseException:
+            ns.close()
+            raise
+        return ns
+
+    @property
+    def fd(self) -> int:
+        """The file descriptor for setns(2); raises TrafficError once closed."""
+        if self.file.closed:
+            raise TrafficError(f"namespace {self.name} is closed")
+        return self.file.fileno()
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Put the calling thread into this namespace; put it back on leaving, always.
+
+        Sockets keep the namespace they were made in; threads and processes started
+        inside inherit it. Not to be held across a yield of a coroutine. Raises
+        TrafficError if the namespace is closed or may not be entered.
+        """
+        with _own_namespace() as home:
+            try:  # Before the move: an interrupt may come right after it.
+                with _refusals(f"cannot enter namespace {self.name}"):
+                    _setns(self.fd)
+                yield
+            finally:
+                _setns(home.fileno())
+
+    def close(self) -> None:
+        """Let go of the namespace; a second call does nothing."""
+        self.file.close()
+
+
+def veth(a: Namespace, a_name: str, b: Namespace, b_name: str) -> None:
+    """Connect two namespaces by a pair of links, both up, without offloads.
+
+    Every packet that arrives is one real packet of the wire: at most the MTU long,
+    checksums complete. Raises TrafficError.
+    """
+    what = f"create the link {a.name}/{a_name} - {b.name}/{b_name}"
+    peer = {"ifname": b_name, "address": MAC, "net_ns_fd": b.fd}
+    with _netlink(a, what) as netlink:
+        netlink.link("add", ifname=a_name, kind="veth", address=MAC, peer=peer)
+    for ns, link in ((a, a_name), (b, b_name)):
+        _offloads_off(ns, link)
+        with _netlink(ns, f"bring up {link}") as netlink:
+            netlink.link(
+                "set",
+                index=_index(ns, link),
+                flags=IFF_UP | IFF_NOARP,
+                change=IFF_UP | IFF_NOARP | IFF_MULTICAST,
+            )
+
+
+def add_address(ns: Namespace, link: str, address: str) -> None:
+    """Give `link` an IPv4 or IPv6 address with its prefix length ("10.0.1.1/24").
+
+    An IPv6 address is usable at once: no duplicate address detection. Raises
+    TrafficError; ValueError if `address` is not one.
+    """
+    interface = ipaddress.ip_interface(address)
+    nodad = {"flags": IFA_F_NODAD} if interface.version == 6 else {}
+    with _netlink(ns, f"add {address} to {link}") as netlink:
+        netlink.addr(
+            "add",
+            index=_index(ns, link),
+            address=str(interface.ip),
+            prefixlen=interface.network.prefixlen,
+            **nodad,
+        )
+
+
+def add_route(ns: Namespace, destination: str, *, via: str) -> None:
+    """Route `destination` (a prefix, or "default") through the neighbour `via`.
+
+    The family is that of `via`. Raises TrafficError; ValueError if an address or
+    prefix is not one.
+    """
+    family = socket.AF_INET if ipaddress.ip_address(via).version == 4 else socket.AF_INET6
+    if destination != "default":
+        destination = str(ipaddress.ip_network(destination))
+    with _netlink(ns, f"add a route to {destination} via {via}") as netlink:
+        netlink.route("add", family=family, dst=destination, gateway=via)
+
+
+def set_sysctl(ns: Namespace, name: str, value: str) -> None:
+    """Write `value` to /proc/sys/`name` as seen in `ns`; `name` begins with "net/".
+
+    Anything else under /proc/sys belongs to the whole machine and is refused with
+    ValueError. Raises TrafficError.
+    """
+    parts = PurePosixPath(name).parts
+    if parts[:1] != ("net",) or ".." in parts:
+        raise ValueError(f"{name} does not belong to a namespace")
+    with (
+        ns.entered(),
+        _refusals(f"namespace {ns.name}: cannot set {name} to {value}"),
+        # Unbuffered, because a buffered write that failed fails once more on closing.
+        open(f"/proc/sys/{name}", "wb", buffering=0) as file,
+    ):
+        file.write(value.encode())
+
+
+def _own_namespace() -> BinaryIO:
+    # Not /proc/self: that is the namespace of the process's first thread.
+    with _refusals("cannot open the network namespace of this thread"):
+        return open("/proc/thread-self/ns/net", "rb")
+
+
+def _unshared(name: str) -> BinaryIO:
+    """A file on a new namespace, made by a thread of its own, so that no caller ever moves."""
+    made: list[BinaryIO] = []
+    failed: list[TrafficError] = []
+
+    def unshare() -> None:
+        try:
+            with _refusals(f"cannot create network namespace {name}"):
+                _libc("unshare", CLONE_NEWNET)
+            made.append(_own_namespace())
+        except TrafficError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=unshare, name=f"unshare {name}")
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+    return made[0]
+
+
+def _setns(fd: int) -> None:
+    _libc("setns", fd, CLONE_NEWNET)
+
+
+def _libc(function: str, *arguments: int) -> None:
+    # os.unshare and os.setns come with Python 3.12.
+    if getattr(ctypes.CDLL(None, use_errno=True), function)(*arguments) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _offloads_off(ns: Namespace, link: str) -> None:
+    with (
+        ns.entered(),
+        _refusals(f"namespace {ns.name}: cannot switch offloads of {link} off"),
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control,
+    ):
+        for command in OFFLOADS:
+            off = ctypes.create_string_buffer(struct.pack("=II", command, 0), 8)
+            request = struct.pack("16sP16x", link.encode(), ctypes.addressof(off))
+            fcntl.ioctl(control, SIOCETHTOOL, request)
+
+
+def _index(ns: Namespace, link: str) -> int:
+    with ns.entered(), _refusals(f"namespace {ns.name} has no link {link}"):
+        return socket.if_nametoindex(link)
+
+
+@contextmanager
+def _netlink(ns: Namespace, what: str) -> Iterator[IPRoute]:
+    with ns.entered(), _refusals(f"namespace {ns.name}: cannot {what}"), IPRoute() as netlink:
+        yield netlink
+
+
+@contextmanager
+def _refusals(what: str) -> Iterator[None]:
+    """Turn what the kernel refuses into a TrafficError whose message begins with `what`."""
+    try:
+        yield
+    except (OSError, NetlinkError) as error:
+        code = error.code if isinstance(error, NetlinkError) else error.errno
+        raise TrafficError(f"{what}: {_reason(code, error)}") from error
+
+
+def _reason(code: int | None, error: Exception) -> str:
+    match code:
+        case errno.EPERM | errno.EACCES:
+            return "this needs root (CAP_SYS_ADMIN and CAP_NET_ADMIN)"
+        case errno.EOPNOTSUPP:
+            return "this kernel has no support for it (a link needs the module veth)"
+        case errno.EROFS:
+            return "/proc/sys is read-only here (an unprivileged container?)"
+        case None:
+            return str(error)
+        case _:
+            return os.strerror(code)
