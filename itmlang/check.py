@@ -259,9 +259,7 @@ class _Check:
             )
         return not missing
 
-    def _condition(
-        self, node: syntax.Condition, hooks: tuple[str, ...]
-    ) -> ir.Condition | None:
+    def _condition(self, node: syntax.Condition, hooks: tuple[str, ...]) -> ir.Condition | None:
         match node:
             case syntax.AllOf() | syntax.AnyOf():
                 found = [self._condition(term, hooks) for term in node.terms]
@@ -274,9 +272,7 @@ class _Check:
             case syntax.Comparison():
                 return self._comparison(node, hooks)
 
-    def _comparison(
-        self, node: syntax.Comparison, hooks: tuple[str, ...]
-    ) -> ir.Condition | None:
+    def _comparison(self, node: syntax.Comparison, hooks: tuple[str, ...]) -> ir.Condition | None:
         flow_name, _, attribute = node.field.text.partition(".")
         if flow_name in self.flows:
             return self._flow_test(node, self.flows[flow_name], attribute)
@@ -368,9 +364,7 @@ class _Check:
                 "E032", "`connection` stands alone in a key: it has all the fields", node.span
             )
         timeout, size = self._flow_options(node)
-        self.flows[node.name.text] = ir.Flow(
-            node.name.text, tuple(key), timeout, size, node.span
-        )
+        self.flows[node.name.text] = ir.Flow(node.name.text, tuple(key), timeout, size, node.span)
 
     def _flow_options(self, node: syntax.Flow) -> tuple[int, int]:
         given: dict[str, int] = {}

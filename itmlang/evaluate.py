@@ -137,7 +137,7 @@ def _interface(node: syntax.Text, type: Type, findings: Findings) -> ValueSet | 
     name, stem = node.text, node.text.removesuffix("*")
     if not name or len(name.encode()) > _LONGEST_INTERFACE:
         problem = "is empty" if not name else f"is longer than {_LONGEST_INTERFACE} bytes"
-    elif any(c in "/*\\\"" or c.isspace() or not c.isprintable() for c in stem):
+    elif any(c in '/*\\"' or c.isspace() or not c.isprintable() for c in stem):
         problem = "has a character that no interface name has"
     elif not stem:
         return type.everything
@@ -159,7 +159,9 @@ def _word(node: syntax.Word, type: Type, scope: Scope, findings: Findings) -> Va
         value = type.names[node.text]
         return _integers(type, value, value)
     if node.text in type.refused:
-        findings.error("E026", f"`{node.text}` cannot be used: {type.refused[node.text]}", node.span)
+        findings.error(
+            "E026", f"`{node.text}` cannot be used: {type.refused[node.text]}", node.span
+        )
         return None
     # `ftp-ssh`: the lexer takes hyphens into a word.
     for cut in (i for i, c in enumerate(node.text) if c == "-"):

@@ -163,7 +163,9 @@ def _report(
         words = [w for t in error.expected if (w := _spelling(rule, t)).isalpha()]
         help = did_you_mean(str(token), words)
         help = help if help.startswith("did") else ""
-    findings.error("E001", f"unexpected `{token}`{_expected(rule, error.expected)}", span, help=help)
+    findings.error(
+        "E001", f"unexpected `{token}`{_expected(rule, error.expected)}", span, help=help
+    )
 
 
 def _spelling(rule: str, terminal: str) -> str:
@@ -225,7 +227,9 @@ class _Builder(Transformer_NonRecursive):  # type: ignore[misc]
     def duration(self, meta: Meta, children: list[Token]) -> syntax.Number:
         digits = re.match(r"[0-9]+", children[0])
         assert digits is not None
-        return syntax.Number(self._span(meta), _integer(digits.group()), children[0][digits.end() :])
+        return syntax.Number(
+            self._span(meta), _integer(digits.group()), children[0][digits.end() :]
+        )
 
     def address(self, meta: Meta, children: list[Token]) -> syntax.Address:
         return syntax.Address(self._span(meta), str(children[0]))
@@ -260,8 +264,10 @@ class _Builder(Transformer_NonRecursive):  # type: ignore[misc]
     def negated(self, meta: Meta, children: list[Any]) -> syntax.Condition:
         term: syntax.Condition = children[1]
         # `not not x` is x: written a million times, it must not nest.
-        return term.term if isinstance(term, syntax.Negation) else syntax.Negation(
-            self._span(meta), term
+        return (
+            term.term
+            if isinstance(term, syntax.Negation)
+            else syntax.Negation(self._span(meta), term)
         )
 
     def all_of(self, meta: Meta, children: list[syntax.Condition]) -> syntax.AllOf:

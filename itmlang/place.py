@@ -35,12 +35,12 @@ def place(policy: ir.Policy, families: tuple[int, ...]) -> tuple[Placement, ...]
         Placement(policy.name, "interest, classify", "kernel", "nftables has all its fields")
     ]
     if policy.counts:
-        placements.append(
-            Placement(policy.name, "log", "kernel", "flow counters are dynamic sets")
-        )
+        placements.append(Placement(policy.name, "log", "kernel", "flow counters are dynamic sets"))
     for name in policy.classes:
         queued = needs_queue(name)
-        reason = "nftables has no " + ", ".join(queued) if queued else "nftables has all its actions"
+        reason = (
+            "nftables has no " + ", ".join(queued) if queued else "nftables has all its actions"
+        )
         where = "queue" if queued else "kernel"
         placements.append(Placement(policy.name, f"class {name}", where, reason))
     return tuple(placements)

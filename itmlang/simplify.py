@@ -121,9 +121,7 @@ def _facts(interest: ir.Condition, facts: Facts) -> Facts:
     )
 
 
-def _rules(
-    policy: ir.Policy, facts: Facts, findings: Findings
-) -> tuple[ir.ClassRule, ...]:
+def _rules(policy: ir.Policy, facts: Facts, findings: Findings) -> tuple[ir.ClassRule, ...]:
     simplifier = _Simplifier(policy, facts)
     kept: list[ir.ClassRule] = []
     compared = kept if len(policy.rules) <= MOST_COMPARED else []
@@ -258,9 +256,7 @@ class _Simplifier:
                 found = test.values.intersection(self.facts.protocols)
                 return found, found == self.facts.protocols
             case Ranges() if self.facts.interested and test.field is FIELDS["family"]:
-                possible = Ranges.of(
-                    1, [(0 if f == IPV4 else 1,) * 2 for f in self.facts.families]
-                )
+                possible = Ranges.of(1, [(0 if f == IPV4 else 1,) * 2 for f in self.facts.families])
                 found = test.values.intersection(possible)
                 return found, found == possible
             case _:
@@ -313,18 +309,16 @@ class _Simplifier:
         present = {f.name for t in terms if isinstance(t, ir.Over) for f in t.flow.key}
         if not present:
             return terms
-        return [
-            leaf
-            for term in terms
-            for leaf in conjuncts(self._without_presence(term, present))
-        ]
+        return [leaf for term in terms for leaf in conjuncts(self._without_presence(term, present))]
 
     def _without_presence(self, term: ir.Condition, present: set[str]) -> ir.Condition:
         match term:
             case ir.Test() if term.field.name in present and term.values.full:
                 return TRUE(term.span)
             case ir.And():
-                return self._and([self._without_presence(t, present) for t in term.terms], term.span)
+                return self._and(
+                    [self._without_presence(t, present) for t in term.terms], term.span
+                )
             case ir.Or():
                 return self._or([self._without_presence(t, present) for t in term.terms], term.span)
             case _:

@@ -358,9 +358,7 @@ NUMBER: Final = Type("number", "integer", 2**32 - 1)
 OCTET: Final = Type("octet", "integer", 255, article="an")
 TOS: Final = Type("tos", "integer", 255, TOS_NAMES, refused={"minimize-cost": _MINIMIZE_COST})
 DSCP: Final = Type("dscp", "integer", 63, _dscp_names())
-ECN: Final = Type(
-    "ecn", "integer", 3, {"not-ect": 0, "ect1": 1, "ect0": 2, "ce": 3}, article="an"
-)
+ECN: Final = Type("ecn", "integer", 3, {"not-ect": 0, "ect1": 1, "ect0": 2, "ce": 3}, article="an")
 FLAGS: Final = Type("flag", "integer", 255, TCP_FLAGS)
 PACKETS: Final = Type("packets", "integer", 2**63 - 1, units=_PACKETS)
 BYTES: Final = Type("bytes", "integer", 2**63 - 1, units=_BYTES)

@@ -157,16 +157,9 @@ def _rehook(
                 continue  # taken away by somebody; applying its file brings it back
             commands.append(f"flush chain inet {table} {hook}")
             commands.append(f"delete chain inet {table} {hook}")
-            commands.append(_base_chain(record.base_chains, hook))
+            commands.append(record.base_chains[hook])
             rehooked[record.name] = None
     return "".join(f"{command}\n" for command in commands), tuple(rehooked)
-
-
-def _base_chain(base_chains: str, hook: str) -> str:
-    """The one base chain at a hook, cut from a table of base chains."""
-    head, *blocks = base_chains.split("\tchain ")
-    block = next(b for b in blocks if b.startswith(f"{hook} "))
-    return head + "\tchain " + block[: block.index("\n\t}")] + "\n\t}\n}"
 
 
 def record(table: Table, file: str, shown: str, priority: int, applied: float) -> Record:

@@ -43,7 +43,7 @@ class Record:
     priority: int
     classes: tuple[str, ...]
     flows: tuple[FlowRecord, ...]
-    base_chains: str  # nftables text that hooks the policy in again
+    base_chains: dict[str, str]  # for each hook, nftables text that hangs the policy in again
     digest: str = ""  # of the table's listing, to notice what others changed
     applied: float = 0.0  # seconds since the epoch
 

@@ -121,7 +121,12 @@ class _Lowering:
             self._rule(chain, unclassified, self.policy.counts[0].span)
 
     def _emit(
-        self, chain: Chain, condition: ir.Condition, target: str, fallback: str = "", label: str = ""
+        self,
+        chain: Chain,
+        condition: ir.Condition,
+        target: str,
+        fallback: str = "",
+        label: str = "",
     ) -> None:
         """Rules that go to the target if the condition holds, and else fall through.
 

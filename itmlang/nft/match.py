@@ -96,9 +96,7 @@ def _fields(term: Leaf) -> tuple[Field, ...]:
     return term.flow.key if isinstance(term, ir.Over) else (term.field,)
 
 
-def _guard(
-    terms: Sequence[Leaf], facts: Facts
-) -> tuple[Context, list[str], list[Leaf]]:
+def _guard(terms: Sequence[Leaf], facts: Facts) -> tuple[Context, list[str], list[Leaf]]:
     """The context of a rule, the test of the protocol that it needs, and its other terms."""
     known, asked = facts.protocols, False
     rest: list[Leaf] = []
@@ -180,7 +178,7 @@ def _set(field: Field, family: int, found: Ranges) -> str:
         return f"{field.nft_value(0)}-{field.nft_value(found.limit)}"
     if len(outside.spans) < len(found.spans):
         return "!= " + _elements(field, family, outside)
-    if len(found.spans) == 1 and family not in values.FAMILIES or field.type.kind != "address":
+    if (len(found.spans) == 1 and family not in values.FAMILIES) or field.type.kind != "address":
         (lo, hi), *more = found.spans
         if not more and lo == 0 and hi > 0:
             return f"<= {field.nft_value(hi)}"

@@ -47,21 +47,26 @@ def print_ruleset(ruleset: Ruleset) -> Text:
     for line in _order(ruleset):
         printer.line(f"# {line}")
     if len(ruleset.tables) > 1:
-        printer.line("# Tables stand in reverse: of equal priorities, the last registered runs first.")
+        printer.line(
+            "# Tables stand in reverse: of equal priorities, the last registered runs first."
+        )
     for table in reversed(ruleset.tables):
         printer.line()
         _table(printer, table)
     return printer.done()
 
 
-def print_base_chains(table: Table) -> str:
-    """A table with nothing but its base chains, to hook it in again at a new place."""
-    printer = _Printer()
-    printer.line(f"table inet {table.name} {{")
+def print_base_chains(table: Table) -> dict[str, str]:
+    """For each hook, the text that hangs the policy in there again: the base chain alone."""
+    texts = {}
     for chain in table.base_chains:
+        assert chain.hook is not None
+        printer = _Printer()
+        printer.line(f"table inet {table.name} {{")
         _chain(printer, chain)
-    printer.line("}")
-    return printer.done().text
+        printer.line("}")
+        texts[chain.hook.name] = printer.done().text
+    return texts
 
 
 def _order(ruleset: Ruleset) -> list[str]:

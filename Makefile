@@ -1,0 +1,40 @@
+# make demo: set up, then show a policy on real TCP.  make test: set up, then run all tests.
+
+VENV := .venv
+BIN := $(VENV)/bin
+# What the Python packages and the tests need of Debian. Only what is missing is installed.
+DEBIAN := libnftables1 nftables python3-venv
+PYTHON ?= python3
+
+.PHONY: setup demo test lint clean
+
+setup: $(VENV)/.ready
+
+# Python packages: again only when what is wanted changes.
+$(VENV)/.ready: pyproject.toml | debian
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "itm needs Python 3.11 or later")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+.PHONY: debian
+debian:
+	@missing=""; for package in $(DEBIAN); do \
+	  dpkg-query -W -f '$${Status}' $$package 2>/dev/null | grep -q 'install ok installed' \
+	    || missing="$$missing $$package"; done; \
+	if [ -n "$$missing" ]; then echo "installing$$missing"; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; fi
+
+demo: setup
+	$(BIN)/itmc lab policies/size_aware.itm
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest -n auto
+
+clean:
+	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,42 @@
+"""Checked conditions -> text, close to the language, for people who debug a policy."""
+
+from itmlang import ir, values
+from itmlang.values import Addresses, Names, Ranges, ValueSet
+
+
+def condition_text(condition: ir.Condition) -> str:
+    """A condition on one line, fully bracketed."""
+    match condition:
+        case ir.And(terms=()):
+            return "always"
+        case ir.Or(terms=()):
+            return "never"
+        case ir.And():
+            return "(" + " and ".join(map(condition_text, condition.terms)) + ")"
+        case ir.Or():
+            return "(" + " or ".join(map(condition_text, condition.terms)) + ")"
+        case ir.Not():
+            return f"not {condition_text(condition.term)}"
+        case ir.Test() if condition.values.full:
+            return f"{condition.field.name} is there"
+        case ir.Test():
+            return f"{condition.field.name} in {_set(condition.values, condition.field.type)}"
+        case ir.Bits():
+            return f"{condition.field.name} has any of {condition.mask:#04x}"
+        case ir.FlowTest():
+            inside = _set(condition.values, values.PACKETS)
+            return f"{condition.flow.name}.{condition.attribute} in {inside}"
+        case ir.Over():
+            return f"{condition.flow.name}.{condition.attribute} > {condition.threshold}"
+
+
+def _set(found: ValueSet, type: values.Type) -> str:
+    match found:
+        case Ranges():
+            items = [type.text(lo) if lo == hi else f"{lo}-{hi}" for lo, hi in found.spans]
+        case Addresses():
+            items = [values.prefix_text(*interval) for interval in values.intervals(found)]
+        case Names():
+            items = [f'"{name}"' for name in sorted(found.patterns)]
+            return ("not " if found.inverted else "") + "{ " + ", ".join(items) + " }"
+    return "{ " + ", ".join(items) + " }"

@@ -1,0 +1,28 @@
+"""`itmc check`: parse, check, warn. Needs no root and no kernel."""
+
+import click
+
+from itmlang.diagnostics import CompileError
+from runtime.cli.exits import POLICY_WRONG
+from runtime.cli.files import compiled
+from runtime.cli.output import show
+
+
+@click.command()
+@click.argument("files", nargs=-1, type=click.Path())
+def command(files: tuple[str, ...]) -> None:
+    """Parse and check policy FILES; warn about what cannot be meant. No root needed."""
+    wrong = False
+    for name in files or (None,):
+        try:
+            result = compiled(name)
+        except CompileError as error:
+            show(error.diagnostics)
+            wrong = True
+            continue
+        number = len(result.policies)
+        policies = "1 policy" if number == 1 else f"{number} policies"
+        warnings = f", {len(result.warnings)} warnings" if result.warnings else ""
+        click.echo(f"{result.source.name}: {policies}{warnings}, no errors")
+    if wrong:
+        raise click.exceptions.Exit(POLICY_WRONG)

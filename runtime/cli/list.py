@@ -1,0 +1,30 @@
+"""`itmc list`: what is loaded, in the order it runs."""
+
+import click
+
+from itmlang.fields import HOOKS
+from runtime.apply import loaded
+from runtime.cli.output import as_json, table
+
+
+@click.command()
+@click.option("--json", "in_json", is_flag=True, help="As JSON.")
+def command(in_json: bool) -> None:
+    """Show which policies are loaded, hook by hook, in the order they run."""
+    policies = loaded()
+    rows = [
+        {
+            "hook": hook, "policy": p.name, "state": p.state,
+            "priority": p.priority, "nft_priority": at[hook], "file": p.file,
+        }
+        for hook in HOOKS
+        for p in policies
+        if hook in (at := dict(p.hooks))
+    ]  # fmt: skip
+    if in_json:
+        as_json({"schema": 1, "policies": rows})
+    elif not rows:
+        click.echo("no policy is loaded")
+    else:
+        table(("hook", "policy", "state", "priority", "file"),
+              [(r["hook"], r["policy"], r["state"], r["priority"], r["file"]) for r in rows])  # fmt: skip

@@ -1,0 +1,74 @@
+"""`itmc`: finds the command, runs it, and turns whatever fails into a message and an exit code.
+
+Commands are imported when they are called, so that `itmc --help` is quick.
+"""
+
+import importlib
+import os
+import sys
+from typing import Final
+
+import click
+
+from runtime.cli.exits import exit_code_of
+
+# Command -> its help line. The module has the command's name.
+COMMANDS: Final = {
+    "check": "Parse and check policies; warn about what cannot be meant.",
+    "compile": "Print the ruleset that `apply` loads.",
+    "apply": "Load a file's policies into the kernel, in one transaction.",
+    "run": "Apply, stay in the foreground, remove on Ctrl-C.",
+    "list": "Show which policies are loaded, in the order they run.",
+    "status": "Show what runs: packets and bytes of each class, flows, drift.",
+    "remove": "Take policies away; nothing stays behind.",
+    "explain": "Show what happens to a packet, line by line.",
+    "lab": "Try a policy on real TCP in a throwaway network.",
+}
+
+
+class _Commands(click.Group):
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"runtime.cli.{name}").command
+        return command
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="itm", prog_name="itmc")
+def itmc() -> None:
+    """Declarative traffic management: compile policies to nftables, load and watch them.
+
+    FILE may be left out: then it is site.itm in the current folder, else the only
+    *.itm there. FILE may be - for standard input.
+
+    Exit codes: 0 done, 1 the policy is wrong, 2 wrong use of the command, 3 the
+    machine refused and nothing was changed.
+    """
+
+
+def main() -> None:
+    """The entry point. Ends the process; no traceback reaches the user."""
+    try:
+        itmc(standalone_mode=False)
+        code = 0
+    except Exception as error:
+        if os.environ.get("ITM_DEBUG"):
+            raise
+        code = exit_code_of(error)
+    except KeyboardInterrupt:
+        code = 130
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read us has gone; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or 141
+    sys.exit(code)

@@ -1,0 +1,65 @@
+"""What goes to the terminal: diagnostics and messages to stderr, tables and JSON to stdout."""
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import click
+
+from itmlang.diagnostics import Diagnostic, render
+
+
+def show(diagnostics: Iterable[Diagnostic]) -> None:
+    """Diagnostics to stderr, in the order of the file, coloured on a terminal."""
+
+    def place(diagnostic: Diagnostic) -> tuple[str, int]:
+        span = diagnostic.span
+        return (span.source.name, span.start) if span is not None else ("", -1)
+
+    for diagnostic in sorted(diagnostics, key=place):
+        text = render(diagnostic)
+        colour = "red" if diagnostic.is_error else "yellow"
+        for word in ("error[", "warning["):
+            text = text.replace(f": {word}", f": {_style(word, colour)}", 1)
+        _to_stderr(text)
+
+
+def warn(message: str, help: str = "") -> None:
+    """One message to stderr, with what to do."""
+    _to_stderr(f"itmc: {message}" + (f"\n      = help: {help}" if help else ""))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Aligned columns to stdout; numbers stand right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    cells = [[str(cell) for cell in row] for row in rows]
+    for index, title in enumerate(head):
+        numbers = cells and all(row[index].replace(",", "").isdigit() for row in cells)
+        made.add_column(title, justify="right" if numbers else "left", overflow="fold")
+    for row in cells:
+        made.add_row(*row)
+    # Nobody's terminal: then nothing is cut to a width.
+    width = None if sys.stdout.isatty() else 500
+    Console(width=width, highlight=False, markup=False, emoji=False).print(made)
+
+
+def as_json(value: Any) -> None:
+    """A value to stdout as JSON."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def _to_stderr(text: str) -> None:
+    # A lone surrogate (a file name that is no UTF-8) must not end in a traceback.
+    click.echo(text.encode("utf-8", "replace").decode(), err=True)
+
+
+def _style(text: str, colour: str) -> str:
+    if "NO_COLOR" in os.environ or not sys.stderr.isatty():
+        return text
+    return click.style(text, fg=colour, bold=True)

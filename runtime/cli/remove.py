@@ -1,0 +1,17 @@
+"""`itmc remove`: take policies away."""
+
+import click
+
+from runtime.apply import remove
+from runtime.errors import UsageError
+
+
+@click.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--all", "everything", is_flag=True, help="All policies, and all tables named itm_*.")
+def command(names: tuple[str, ...], everything: bool) -> None:
+    """Remove the named policies, rules and learned state, in one transaction."""
+    if bool(names) == everything:
+        raise UsageError("name the policies to remove, or say --all")
+    gone = remove(names)
+    click.echo(f"removed {', '.join(gone)}" if gone else "no policy is loaded")

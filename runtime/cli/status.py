@@ -1,0 +1,46 @@
+"""`itmc status`: what runs, and what it counted."""
+
+from dataclasses import asdict
+
+import click
+
+from runtime.apply import PolicyStatus, status
+from runtime.cli.output import as_json, table
+
+
+@click.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--json", "in_json", is_flag=True, help="As JSON.")
+def command(names: tuple[str, ...], in_json: bool) -> None:
+    """Show the loaded policies (or those named): classes, flows, drift."""
+    policies = status(names)
+    if in_json:
+        as_json({"schema": 1, "policies": [_json(p) for p in policies]})
+        return
+    if not policies:
+        click.echo("no policy is loaded")
+    for policy in policies:
+        _show(policy)
+
+
+def _json(policy: PolicyStatus) -> dict[str, object]:
+    hooks = [{"hook": hook, "nft_priority": priority} for hook, priority in policy.hooks]
+    return {**asdict(policy), "hooks": hooks}
+
+
+def _show(policy: PolicyStatus) -> None:
+    hooks = ", ".join(hook for hook, _ in policy.hooks)
+    click.echo(f"{policy.name}: {policy.state}, at {hooks}, priority {policy.priority}", nl=False)
+    click.echo(f", from {policy.file}" if policy.file else "")
+    if policy.state == "missing":
+        click.echo("  its table is gone from the kernel: `itmc apply` brings it back")
+    elif policy.state == "unknown":
+        click.echo("  a table of ours that no record knows: apply its file, or remove it")
+    elif policy.drift:
+        click.echo("  its rules were changed by something else: `itmc apply` puts them right")
+    if policy.classes:
+        table(("class", "packets", "bytes"), [(c.name, c.packets, c.bytes) for c in policy.classes])
+    if policy.flows:
+        rows = [(f.name, ", ".join(f.key), f.entries, f.size, f.uncounted) for f in policy.flows]
+        table(("flow", "by", "entries", "max", "packets without room"), rows)
+    click.echo()
