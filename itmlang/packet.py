@@ -183,10 +183,10 @@ class Packet:
             ends = ((self.source, self.source_port), (self.destination, self.destination_port))
         elif self.protocol in (ICMP, ICMPV6):
             ends = (self.source, self.destination, self.transport_bytes(4, 2))
-            return (self.protocol, *sorted(ends[:2]), ends[2])  # type: ignore[type-var]
+            return (self.protocol, *sorted(ends[:2]), ends[2])
         else:
             ends = (self.source, self.destination)
-        return (self.protocol, *sorted(ends))  # type: ignore[type-var]
+        return (self.protocol, *sorted(ends))
 
     def set_tos(self, tos: int) -> None:
         """Write the TOS byte (traffic class); the IPv4 header checksum follows."""
@@ -208,7 +208,7 @@ def internet_checksum(data: bytes | bytearray) -> int:
     """The checksum of RFC 1071 over some bytes (an odd last one is padded)."""
     if len(data) % 2:
         data = bytes(data) + b"\0"
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF

@@ -200,7 +200,7 @@ def _integer(digits: str) -> int:
 
 
 @v_args(meta=True)
-class _Builder(Transformer_NonRecursive):  # type: ignore[misc]
+class _Builder(Transformer_NonRecursive[Token, Any]):
     """Lark's tree to ours. Each method is a rule of the grammar."""
 
     def __init__(self, source: Source) -> None:

@@ -24,13 +24,16 @@ from itmlang.values import FAMILIES, IPV4, Addresses, InexpressibleError, Ranges
 MOST_COMPARED: Final = 500
 
 
+ANY_PROTOCOL: Final = Ranges(255, ((0, 255),))
+
+
 @dataclass(frozen=True)
 class Facts:
     """What holds for every packet that a condition is asked about."""
 
     hooks: tuple[str, ...]
     families: tuple[int, ...] = FAMILIES
-    protocols: Ranges = Ranges.of(255, [(0, 255)])
+    protocols: Ranges = ANY_PROTOCOL
     protocol_known: bool = False  # no packet lacks the field `protocol`
     interested: bool = False  # the packets have passed the interest
 

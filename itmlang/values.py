@@ -11,7 +11,7 @@ called and which units it takes.
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, reduce
+from functools import cached_property
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from operator import itemgetter
 from typing import Final, Self
@@ -232,6 +232,8 @@ class Type:
             return address_text(*value)
         if self.kind == "duration":
             return duration_text(value)
+        if self is FLAGS:
+            return ",".join(name for name, bit in self.names.items() if value & bit) or "none"
         return self._by_value.get(value, str(value))
 
 
@@ -251,7 +253,10 @@ def union_all(nothing: ValueSet, sets: Sequence[ValueSet]) -> ValueSet:
         case Addresses():
             return Addresses.of([i for one in sets for i in intervals(one)])
         case Names():
-            return reduce(union, sets, nothing)
+            names: ValueSet = nothing
+            for one in sets:
+                names = union(names, one)
+            return names
 
 
 def intersection(a: ValueSet, b: ValueSet) -> ValueSet:

@@ -135,8 +135,8 @@ def _rehook(
     """
     groups: dict[tuple[str, int], list[Record]] = {}
     for record in after.records:
-        for hook in record.hooks:
-            groups.setdefault(hook, []).append(record)
+        for place in record.hooks:
+            groups.setdefault(place, []).append(record)
     previous = [r.name for r in before.records]
     commands: list[str] = []
     rehooked: dict[str, None] = {}

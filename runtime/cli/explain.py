@@ -48,6 +48,8 @@ def command(file: str, packet: tuple[str, ...], after: int, path: str) -> None:
     built = _fresh(header.build(), path)
     visits = traverse(policies, states, built, path, 0.0, told=True)
     click.echo(f"{text}: packet {after + 1} of its flow, path {path}")
+    if not visits:
+        click.echo("\nno policy stands on this path")
     for visit in visits:
         _show(visit)
     dropped = bool(visits) and visits[-1].outcome.verdict == "drop"
