@@ -15,6 +15,10 @@ from itmlang.source import Span
 MOST_ERRORS = 50
 # Wider lines (generated, or not text at all) are shown in part.
 WIDEST_LINE = 160
+# No message needs more; what is longer quotes something absurd.
+LONGEST_MESSAGE = 400
+# Nothing that we know is called so long.
+LONGEST_GUESS = 100
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ class Findings:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A help line with the nearest known name, or the known names if they are few."""
     names = sorted(set(known))
+    if len(name) > LONGEST_GUESS:
+        return ""
     near = get_close_matches(name, names, n=1, cutoff=0.6)
     if near:
         return f"did you mean `{near[0]}`?"
@@ -118,8 +124,11 @@ def render(diagnostic: Diagnostic) -> str:
     """The text of a diagnostic: `FILE:LINE:COL: error[E012]: message`, the line, notes, help."""
     kind = "error" if diagnostic.is_error else "warning"
     span = diagnostic.span
+    message = _shown(diagnostic.message)
+    if len(message) > LONGEST_MESSAGE:
+        message = f"{message[: LONGEST_MESSAGE // 2]} … {message[-LONGEST_MESSAGE // 4 :]}"
     place = f"{span.source.name}:{span.line}:{span.column}" if span else diagnostic.place
-    lines = [f"{place}: {kind}[{diagnostic.code}]: {diagnostic.message}".removeprefix(": ")]
+    lines = [f"{place}: {kind}[{diagnostic.code}]: {message}".removeprefix(": ")]
     if span is not None:
         lines += _excerpt(span)
     for text, where in diagnostic.notes:

@@ -175,7 +175,7 @@ def _spelling(rule: str, terminal: str) -> str:
     for definition in _grammar(rule).terminals:
         if definition.name == terminal and isinstance(definition.pattern, PatternStr):
             return definition.pattern.value
-    return terminal.lower()
+    return terminal.strip("_").lower()
 
 
 def _expected(rule: str, terminals: Sequence[str] | set[str]) -> str:

@@ -57,8 +57,8 @@ def itmc() -> None:
 def main() -> None:
     """The entry point. Ends the process; no traceback reaches the user."""
     try:
-        itmc(standalone_mode=False)
-        code = 0
+        # Not standalone, click returns the code of an `Exit`, and None from a command.
+        code = itmc(standalone_mode=False) or 0
     except Exception as error:
         if os.environ.get("ITM_DEBUG"):
             raise
