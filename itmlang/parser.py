@@ -41,6 +41,11 @@ _TERMINALS: Final = {
     "_PROCESS": "`process {`",
     "$END": "the end",
 }
+# Words of the language that later versions will know.
+_LATER: Final = frozenset(
+    "include set use link overlay tunnel test update control sample record limit call reject "
+    "encapsulate decapsulate route send proxy every add remove".split()
+)
 _MARKS: Final = re.compile(r'#[^\n]*|"[^"\n]*"|[{}()]|^policy\b|(?:\bnot\s+){64}', re.MULTILINE)
 
 
@@ -78,28 +83,32 @@ def _items(source: Source, findings: Findings) -> Iterator[tuple[int, int]]:
 
     An item that nests too deeply is reported and left out.
     """
-    start, open_braces, depth, too_deep = 0, 0, 0, False
+    start, too_deep = 0, False
+    stack: list[str] = []
     for mark in _MARKS.finditer(source.text):
         text = mark.group()
-        if text == "policy" and depth:
+        if text == "policy" and stack:
             yield start, mark.start()
-            start, open_braces, depth, too_deep = mark.start(), 0, 0, False
+            start, too_deep = mark.start(), False
+            stack.clear()
         elif text in "{(":
-            open_braces += text == "{"
-            depth += 1
-            if depth > DEEPEST_NESTING and not too_deep:
+            stack.append(text)
+            if len(stack) > DEEPEST_NESTING and not too_deep:
                 too_deep = True
                 _report_depth(Span(source, mark.start(), mark.end()), findings)
         elif text.startswith("not") and not too_deep:
             too_deep = True
             _report_depth(Span(source, mark.start(), mark.start() + 3), findings)
-        elif text in "})":
-            open_braces -= text == "}"
-            depth -= 1
-            if text == "}" and open_braces <= 0:
+        elif text == ")" and stack[-1:] == ["("]:
+            stack.pop()
+        elif text == "}":
+            # A brace closes what was left open inside of it, too.
+            while stack and stack.pop() != "{":
+                pass
+            if not stack:
                 if not too_deep:
                     yield start, mark.end()
-                start, open_braces, depth, too_deep = mark.end(), 0, 0, False
+                start, too_deep = mark.end(), False
     rest = re.sub(r"#[^\n]*", "", source.text[start:])
     if rest.strip(" \t\r\n\f;") and not too_deep:
         yield start, len(source.text)
@@ -163,6 +172,8 @@ def _report(
         words = [w for t in error.expected if (w := _spelling(rule, t)).isalpha()]
         help = did_you_mean(str(token), words)
         help = help if help.startswith("did") else ""
+        if str(token) in _LATER:
+            help = f"`{token}` belongs to the language, but this version does not have it yet"
     findings.error(
         "E001", f"unexpected `{token}`{_expected(rule, error.expected)}", span, help=help
     )

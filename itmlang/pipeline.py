@@ -49,7 +49,7 @@ def compile(source: Source) -> Compiled:
     policies = _analyse(source, findings)
     simplified = tuple(simplify(policy, findings) for policy in policies)
     findings.raise_errors()
-    placements = tuple(p for s in simplified for p in place(s.policy, s.facts.families))
+    placements = tuple(p for s in simplified for p in place(s.policy, s.whole.facts.families))
     ruleset = lower(source.name, simplified, findings)
     return Compiled(
         source,

@@ -36,6 +36,7 @@ class Facts:
     protocols: Ranges = ANY_PROTOCOL
     protocol_known: bool = False  # no packet lacks the field `protocol`
     interested: bool = False  # the packets have passed the interest
+    fragments: bool = False  # all are later fragments, so without transport header
 
     def always_has(self, field: Field) -> bool:
         """Does every packet have the field?"""
@@ -47,18 +48,61 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Simplified:
-    """A policy with its conditions in simple form; `policy` is the one it came from."""
+class Variant:
+    """The conditions of a policy for some of its packets, and what is known of these."""
 
-    policy: ir.Policy
     facts: Facts
     interest: ir.Condition
     rules: tuple[ir.ClassRule, ...]
 
 
+@dataclass(frozen=True)
+class Simplified:
+    """A policy with its conditions in simple form; `policy` is the one it came from.
+
+    Later fragments have no transport header, but the kernel reads ports and flags
+    from whatever stands there. Where a policy asks for such fields, `fragments` is
+    what it means for later fragments, and `whole` is for all other packets only.
+    """
+
+    policy: ir.Policy
+    whole: Variant
+    fragments: Variant | None
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        return (self.whole,) if self.fragments is None else (self.whole, self.fragments)
+
+
 def simplify(policy: ir.Policy, findings: Findings) -> Simplified:
     """Simplify one policy; what can never match is warned about."""
-    outside = Facts(policy.hooks)
+    whole = _variant(policy, Facts(policy.hooks), findings)
+    conditions = [whole.interest, *(r.condition for r in whole.rules if r.condition is not None)]
+    fragments = None
+    if any(asks_transport(condition) for condition in conditions):
+        # What is said of all other packets needs no repeating.
+        fragments = _variant(policy, Facts(policy.hooks, fragments=True), Findings())
+    return Simplified(policy, whole, fragments)
+
+
+def asks_transport(condition: ir.Condition) -> bool:
+    """Does the condition look at a transport header?"""
+    match condition:
+        case ir.Test() | ir.Bits():
+            return condition.field.protocols is not None
+        case ir.Over() | ir.FlowTest():
+            return keyed_by_transport(condition.flow)
+        case ir.Not():
+            return asks_transport(condition.term)
+        case ir.And() | ir.Or():
+            return any(map(asks_transport, condition.terms))
+
+
+def keyed_by_transport(flow: ir.Flow) -> bool:
+    return any(field.protocols is not None for field in flow.key)
+
+
+def _variant(policy: ir.Policy, outside: Facts, findings: Findings) -> Variant:
     interest = _Simplifier(policy, outside).condition(policy.interest)
     facts = _facts(interest, outside)
     if not facts.families or is_false(interest):
@@ -69,7 +113,7 @@ def simplify(policy: ir.Policy, findings: Findings) -> Simplified:
             help="its fields are and-ed: one of them rules out what another one asks for",
         )
         interest = FALSE(policy.interest.span)
-    return Simplified(policy, facts, interest, _rules(policy, facts, findings))
+    return Variant(facts, interest, _rules(policy, facts, findings))
 
 
 def TRUE(span: Span) -> ir.Condition:
@@ -219,7 +263,8 @@ class _Simplifier:
                 if self._ruled_out(condition.field) or not condition.mask:
                     return self._constant(negate, condition.span)
             case ir.Over():
-                pass
+                if any(self._ruled_out(field) for field in condition.flow.key):
+                    return self._constant(negate, condition.span)
         return ir.Not(condition, condition.span) if negate else condition
 
     @staticmethod
@@ -230,7 +275,7 @@ class _Simplifier:
         """Does no packet have the field, by its protocol?"""
         if field.protocols is None:
             return False
-        return not any(p in self.facts.protocols for p in field.protocols)
+        return self.facts.fragments or not any(p in self.facts.protocols for p in field.protocols)
 
     def _test(self, test: ir.Test, negate: bool) -> ir.Condition:
         found, full = self._possible(test)

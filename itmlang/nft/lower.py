@@ -24,12 +24,27 @@ from itmlang.diagnostics import Findings
 from itmlang.fields import ANY_FAMILY
 from itmlang.nft.match import Leaf, family_suffix, key_match, matches, over_set
 from itmlang.nft.model import MANGLE, BaseHook, Chain, Counter, FlowSet, Rule, Ruleset, Table
-from itmlang.simplify import Facts, Simplified, conjuncts, disjuncts, is_false, is_true
+from itmlang.simplify import (
+    Facts,
+    Simplified,
+    Variant,
+    asks_transport,
+    conjuncts,
+    disjuncts,
+    is_false,
+    is_true,
+    keyed_by_transport,
+)
 from itmlang.source import Span
+from itmlang.values import IPV4, IPV6
 
 # A chain may be this many jumps and gotos away from its hook
 # (NFT_JUMP_STACK_SIZE, include/net/netfilter/nf_tables.h).
 DEEPEST_CHAIN: Final = 16
+
+# Later fragments. The kernel finds no transport header in them, yet loads its fields
+# from whatever bytes come there (measured on 6.18), so rules must leave them out.
+_LATER_FRAGMENT: Final = {IPV4: "ip frag-off & 0x1fff != 0", IPV6: "frag frag-off != 0"}
 
 # nft_limit keeps burst * unit in nanoseconds in 64 bits. A bucket refills by one
 # packet a unit, so the longest unit that the burst allows is the most exact one.
@@ -49,18 +64,19 @@ class _Lowering:
 
     def __init__(self, simplified: Simplified, findings: Findings) -> None:
         self.policy = simplified.policy
-        self.facts: Facts = simplified.facts
-        self.rules = simplified.rules
+        self.whole, self.fragments = simplified.whole, simplified.fragments
+        self.variants = simplified.variants
+        self.facts: Facts = self.whole.facts  # of the packets that rules are being made for
         self.findings = findings
         self.table = Table(self.policy.name, self.policy.span)
         self._names: dict[str, int] = {}
         self._shared: dict[str, Chain] = {}
         self._counters()
-        self._interest(simplified.interest)
+        self._hooks()
         self._classify()
         if self.policy.counts:
             self._log()
-        for name in dict.fromkeys(rule.name for rule in self.rules):
+        for name in dict.fromkeys(rule.name for variant in self.variants for rule in variant.rules):
             self._class(name)
         self.table.chains.extend(self._shared.values())
         self._check_depth()
@@ -94,31 +110,80 @@ class _Lowering:
 
     # Hooks.
 
-    def _interest(self, interest: ir.Condition) -> None:
+    def _hooks(self) -> None:
+        ports = asks_transport(self.whole.interest)
         for hook in self.policy.hooks:
+            span = self.policy.interest.span
             priority = MANGLE + self.policy.priority
-            chain = self._chain(hook, self.policy.interest.span, BaseHook(hook, priority))
-            self._emit(chain, interest, "goto classify", fallback="return")
+            chain = self._chain(hook, span, BaseHook(hook, priority))
+            if ports and self.fragments is not None:
+                self._divert(chain, self._fragments_at(hook, self.fragments), span)
+            self._interest(chain, self.whole.interest, "goto classify")
+
+    def _interest(self, chain: Chain, interest: ir.Condition, target: str) -> None:
+        inside, self.facts = self.facts, Facts(self.policy.hooks)  # nothing is known yet
+        self._emit(chain, interest, target, fallback="return")
+        self.facts = inside
+
+    def _fragments_at(self, hook: str, fragments: Variant) -> str:
+        """Where later fragments go at a hook whose interest asks for ports."""
+        if is_false(fragments.interest):
+            return "return"
+        chain = self._chain(f"{hook}_fragments", self.policy.interest.span)
+        self._interest(chain, fragments.interest, self._fragment_class(fragments))
+        return f"goto {chain.name}"
+
+    def _divert(self, chain: Chain, target: str, span: Span) -> None:
+        """Rules that send later fragments elsewhere."""
+        for family, match in _LATER_FRAGMENT.items():
+            if family in self.facts.families:
+                self._rule(chain, f"{match} {target}", span)
 
     # Classification.
 
+    @property
+    def _unclassified(self) -> str:
+        return "goto log_flows" if self.policy.counts else "return"
+
+    def _fragment_class(self, fragments: Variant) -> str:
+        """Where later fragments of interest go: to their class, if that is plain."""
+        if not fragments.rules:
+            return self._unclassified
+        if fragments.rules[0].condition is None:
+            return f"goto class_{fragments.rules[0].name}"
+        return "goto classify_fragments"
+
     def _classify(self) -> None:
         chain = self._chain("classify", self.policy.span)
-        unclassified = "goto log_flows" if self.policy.counts else "return"
-        for index, rule in enumerate(self.rules):
+        if self.fragments is not None:
+            target = self._fragment_class(self.fragments)
+            if not asks_transport(self.whole.interest):
+                span = self.whole.rules[0].span
+                self._divert(chain, target, span)
+            self._rules(chain, self.whole)
+            if target == "goto classify_fragments":
+                self._rules(self._chain("classify_fragments", self.policy.span), self.fragments)
+        else:
+            self._rules(chain, self.whole)
+
+    def _rules(self, chain: Chain, variant: Variant) -> None:
+        outside, self.facts = self.facts, variant.facts
+        for index, rule in enumerate(variant.rules):
             target, label = f"goto class_{rule.name}", rule.name
             if rule.condition is None:
                 self._rule(chain, target, rule.span, label)
-                return
-            following = self.rules[index + 1 : index + 2]
+                break
+            following = variant.rules[index + 1 : index + 2]
             fallback = ""
             if not following:
-                fallback = unclassified
+                fallback = self._unclassified
             elif following[0].condition is None:
                 fallback = f"goto class_{following[0].name}"
             self._emit(chain, rule.condition, target, fallback, label)
-        if self.policy.counts:
-            self._rule(chain, unclassified, self.policy.counts[0].span)
+        else:
+            if self.policy.counts:
+                self._rule(chain, self._unclassified, self.policy.counts[0].span)
+        self.facts = outside
 
     def _emit(
         self,
@@ -190,7 +255,12 @@ class _Lowering:
     def _asked(self, flow: ir.Flow) -> list[tuple[str, int, Span]]:
         """The thresholds (attribute, number, place) that conditions ask of a flow, sorted."""
         found: dict[tuple[str, int], Span] = {}
-        stack = [rule.condition for rule in self.rules if rule.condition is not None]
+        stack = [
+            rule.condition
+            for variant in self.variants
+            for rule in variant.rules
+            if rule.condition is not None
+        ]
         while stack:
             match stack.pop():
                 case ir.Over() as over if over.flow is flow:
@@ -203,7 +273,13 @@ class _Lowering:
 
     def _log(self) -> None:
         chain = self._chain("log_flows", self.policy.counts[0].span)
-        for count in self.policy.counts:
+        # A later fragment is in no flow that is keyed by ports.
+        counts = sorted(self.policy.counts, key=lambda count: keyed_by_transport(count.flow))
+        diverted = False
+        for count in counts:
+            if keyed_by_transport(count.flow) and not diverted:
+                self._divert(chain, "return", count.span)
+                diverted = True
             families = self.facts.families if count.flow.by_address else (ANY_FAMILY,)
             for family in families:
                 self._count(chain, count, family)
@@ -275,7 +351,7 @@ class _Lowering:
     # Processing.
 
     def _class(self, name: str) -> None:
-        span = next(rule.span for rule in self.rules if rule.name == name)
+        span = next(r.span for v in self.variants for r in v.rules if r.name == name)
         chain = self._chain(f"class_{name}", span)
         log = " jump log_flows" if self.policy.counts else ""
         self._rule(chain, f'counter name "class_{name}"{log}', span, name)

@@ -177,7 +177,7 @@ def _set(field: Field, family: int, found: Ranges) -> str:
     if found.full:
         return f"{field.nft_value(0)}-{field.nft_value(found.limit)}"
     if len(outside.spans) < len(found.spans):
-        return "!= " + _elements(field, family, outside)
+        return "!= " + _elements(field, family, outside).removeprefix("== ")
     if (len(found.spans) == 1 and family not in values.FAMILIES) or field.type.kind != "address":
         (lo, hi), *more = found.spans
         if not more and lo == 0 and hi > 0:
@@ -198,4 +198,6 @@ def _elements(field: Field, family: int, found: Ranges) -> str:
         return f"{low}-{high}"
 
     elements = [element(lo, hi) for lo, hi in found.spans]
+    if elements and field.type is values.FLAGS and "-" not in elements[0] and len(elements) == 1:
+        return "== " + elements[0]  # a flag alone would ask for the bit
     return elements[0] if len(elements) == 1 else "{ " + ", ".join(elements) + " }"

@@ -116,12 +116,12 @@ def _ir(result: Compiled) -> str:
         policy = simple.policy
         hooks = ", ".join(policy.hooks)
         lines += [f"policy {policy.name} at {hooks} priority {policy.priority}"]
-        lines += [f"  interest {condition_text(simple.interest)}"]
+        lines += [f"  interest {condition_text(simple.whole.interest)}"]
         for flow in policy.flows:
             key = ", ".join(field.name for field in flow.key)
             timeout = "never" if flow.timeout is None else f"{flow.timeout} ms"
             lines += [f"  flow {flow.name} by {key} timeout {timeout} max {flow.size}"]
-        lines += [line(f"class {rule.name}", rule.condition) for rule in simple.rules]
+        lines += [line(f"class {rule.name}", rule.condition) for rule in simple.whole.rules]
         lines += [f"  count {count.flow.name}" for count in policy.counts]
         for name, steps in policy.process.items():
             lines += [f"  process {name}: " + "; ".join(str(s.action) for s in steps)]
