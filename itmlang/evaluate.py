@@ -190,10 +190,12 @@ def _parameter(
 ) -> ValueSet | None:
     if parameter.values is None:
         return None  # its default was refused already
-    if parameter.type.name == type.name:
+    given = parameter.type
+    plain_number = given is values.NUMBER and type.kind == "integer" and type.plain
+    fits = given.name == type.name or plain_number
+    if fits and not isinstance(parameter.values, Ranges):
         return parameter.values
-    plain_number = parameter.type is values.NUMBER and type.kind == "integer" and type.plain
-    if plain_number and isinstance(parameter.values, Ranges):
+    if fits and isinstance(parameter.values, Ranges):
         # Where the number does not fit it is cut off, and an empty set is no value.
         fitting = Ranges.of(type.limit, parameter.values.spans)
         if not fitting.empty:

@@ -43,9 +43,12 @@ _TERMINALS: Final = {
 }
 # Words of the language that later versions will know.
 _LATER: Final = frozenset(
-    "include set use link overlay tunnel test update control sample record limit call reject "
-    "encapsulate decapsulate route send proxy every add remove".split()
-)
+    {
+        "include", "set", "use", "link", "overlay", "tunnel", "test", "update", "control",
+        "sample", "record", "limit", "call", "reject", "encapsulate", "decapsulate", "route",
+        "send", "proxy", "every", "add", "remove",
+    }
+)  # fmt: skip
 _MARKS: Final = re.compile(r'#[^\n]*|"[^"\n]*"|[{}()]|^policy\b|(?:\bnot\s+){64}', re.MULTILINE)
 
 

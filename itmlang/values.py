@@ -367,7 +367,7 @@ ECN: Final = Type("ecn", "integer", 3, {"not-ect": 0, "ect1": 1, "ect0": 2, "ce"
 FLAGS: Final = Type("flag", "integer", 255, TCP_FLAGS)
 PACKETS: Final = Type("packets", "integer", 2**63 - 1, units=_PACKETS)
 BYTES: Final = Type("bytes", "integer", 2**63 - 1, units=_BYTES)
-LENGTH: Final = Type("length", "integer", 2**32 - 1, units=_BYTES)
+LENGTH: Final = Type("bytes", "integer", 2**32 - 1, units=_BYTES)
 DURATION: Final = Type("duration", "duration", 2**48, units=_DURATIONS, plain=False)
 PRIORITY: Final = Type("priority", "integer", 2**31 - 1)
 # The bits that `set tos` and `unset tos` know.
