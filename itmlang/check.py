@@ -21,6 +21,10 @@ DEFAULT_TIMEOUT: Final = 5 * 60_000
 DEFAULT_SIZE: Final = 65_536
 # nft allows 255 characters; with the prefixes of generated names this is plenty.
 LONGEST_NAME: Final = 64
+# nft packs the types of a key into 32 bits, six for each field; the kernel has
+# sixteen 4-byte registers for it (NFT_REG32_COUNT).
+MOST_KEY_FIELDS: Final = 5
+LARGEST_KEY: Final = 64
 HIGHEST_PRIORITY: Final = 1_000_000
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
@@ -165,7 +169,6 @@ class _Check:
             found = None
             if node.default is None:
                 complete = False
-                found = type.everything  # so that the rest can be checked
                 self.findings.warning(
                     "W007",
                     f"`{self.node.name.text}` is not loaded: `{node.name.text}` has no value",
@@ -362,6 +365,14 @@ class _Check:
         if len(key) > 1 and FIELDS["connection"] in key:
             self.findings.error(
                 "E032", "`connection` stands alone in a key: it has all the fields", node.span
+            )
+        if len(key) > MOST_KEY_FIELDS or sum(f.key_size for f in key) > LARGEST_KEY:
+            self.findings.error(
+                "E035",
+                f"the key is too large for nftables: at most {MOST_KEY_FIELDS} fields and "
+                f"{LARGEST_KEY} bytes",
+                node.key[0].span.to(node.key[-1].span),
+                help="addresses and interfaces take 16 bytes, all other fields 4",
             )
         timeout, size = self._flow_options(node)
         self.flows[node.name.text] = ir.Flow(node.name.text, tuple(key), timeout, size, node.span)

@@ -220,7 +220,7 @@ def _interval(
         _refuse(node, type, findings)
         return None
     first, last = list(values.intervals(low)), list(values.intervals(high))
-    if len(first) != 1 or len(last) != 1:
+    if any(len(ends) != 1 or ends[0][1] != ends[0][2] for ends in (first, last)):
         findings.error("E022", "a range goes from one value to one value", node.span)
         return None
     (family, start, _), (other, _, end) = first[0], last[0]

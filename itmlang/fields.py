@@ -57,6 +57,11 @@ class Field:
             return "ipv4_addr" if family == IPV4 else "ipv6_addr"
         return self.datatype
 
+    @property
+    def key_size(self) -> int:
+        """Bytes that the field takes in a set's key, in its larger family."""
+        return 16 if self.datatype in ("ip_addr", "ifname") else 4
+
     def nft_value(self, value: int) -> str:
         """A value of the field as nftables reads it (addresses have their own form)."""
         return self.nft_names.get(value) or format(value, self.nft_format)
@@ -74,6 +79,13 @@ def _one(expression: str) -> dict[int, str]:
 _NFT_PROTOCOLS: Final = {1: "icmp", 6: "tcp", 17: "udp", 33: "dccp", 47: "gre", 50: "esp",
                          51: "ah", 58: "ipv6-icmp", 132: "sctp", 136: "udplite"}  # fmt: skip
 _NFT_DSCP: Final = {v: n for n, v in values.DSCP.names.items() if n[:2] in ("cs", "af", "ef")}
+
+
+def _connection_number(packet: Packet) -> int | None:
+    """A number for the packet's connection, as `ct id` is one: 32 bits, the same both ways."""
+    connection = packet.connection
+    return None if connection is None else hash(connection) & 0xFFFFFFFF
+
 
 FIELDS: Final[Mapping[str, Field]] = {
     row.name: row
@@ -133,7 +145,7 @@ FIELDS: Final[Mapping[str, Field]] = {
         Field(
             # `ct id` is one number for both directions (nf_ct_get_id); packets that
             # connection tracking does not know have none.
-            "connection", values.NUMBER, lambda p: hash(p.connection) if p.connection else None,
+            "connection", values.NUMBER, lambda p: _connection_number(p),
             _one("ct id"), whole=False, datatype="integer", compared=False,
         ),
     )

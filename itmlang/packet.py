@@ -182,8 +182,8 @@ class Packet:
                 return None
             ends = ((self.source, self.source_port), (self.destination, self.destination_port))
         elif self.protocol in (ICMP, ICMPV6):
-            ends = (self.source, self.destination, self.transport_bytes(4, 2))
-            return (self.protocol, *sorted(ends[:2]), ends[2])
+            identifier = int.from_bytes(self.transport_bytes(4, 2) or b"")
+            return (self.protocol, *sorted((self.source, self.destination)), identifier)
         else:
             ends = (self.source, self.destination)
         return (self.protocol, *sorted(ends))

@@ -25,6 +25,7 @@ from itmlang.resources import resource
 from itmlang.source import Source, Span
 
 DEEPEST_NESTING: Final = 64
+MOST_WORDS: Final = 1_000_000
 
 _TERMINALS: Final = {
     "WORD": "a name",
@@ -49,12 +50,16 @@ _LATER: Final = frozenset(
         "send", "proxy", "every", "add", "remove",
     }
 )  # fmt: skip
-_MARKS: Final = re.compile(r'#[^\n]*|"[^"\n]*"|[{}()]|^policy\b|(?:\bnot\s+){64}', re.MULTILINE)
+_MARKS: Final = re.compile(
+    r'#[^\n]*|"[^"\n]*"|[{}()]|^policy\b|(?:\bnot\b(?:[\s;]|#[^\n]*\n)*){64}', re.MULTILINE
+)
 
 
 def parse(source: Source, findings: Findings) -> syntax.File:
     """The tree of a policy file; syntax errors go to `findings`, one a top-level item."""
-    policies = []
+    policies: list[syntax.Policy] = []
+    if _too_long(source, findings):
+        return syntax.File(source, ())
     for start, end in _items(source, findings):
         policy = _parse(source, "start", start, end, findings)
         if isinstance(policy, syntax.Policy):
@@ -67,6 +72,18 @@ def parse(source: Source, findings: Findings) -> syntax.File:
             help="begin with `policy NAME { at HOOK … }`",
         )
     return syntax.File(source, tuple(policies))
+
+
+def _too_long(source: Source, findings: Findings) -> bool:
+    """Refuse what would take too much time and memory; counted cheaply, before parsing."""
+    if len(source.text) < MOST_WORDS:
+        return False
+    for count, word in enumerate(re.finditer(r"\w+|[^\s\w]", source.text)):
+        if count == MOST_WORDS:
+            span = Span(source, word.start(), word.end())
+            findings.error("E006", f"the file has more than {MOST_WORDS} words", span)
+            return True
+    return False
 
 
 def parse_packet(source: Source, findings: Findings) -> syntax.PacketText | None:
@@ -175,6 +192,8 @@ def _report(
         words = [w for t in error.expected if (w := _spelling(rule, t)).isalpha()]
         help = did_you_mean(str(token), words)
         help = help if help.startswith("did") else ""
+        if str(token) in words:  # a section's keyword is none without its brace
+            help = "a `{` is missing behind it"
         if str(token) in _LATER:
             help = f"`{token}` belongs to the language, but this version does not have it yet"
     findings.error(

@@ -157,8 +157,7 @@ def _facts(interest: ir.Condition, facts: Facts) -> Facts:
             case _:
                 pass
         if term.field.protocols is not None:
-            needed = Ranges.of(255, [(p, p) for p in term.field.protocols])
-            protocols, known = protocols.intersection(needed), True
+            protocols, known = protocols.intersection(_protocols_of(term.field)), True
     return replace(
         facts,
         families=tuple(f for f in FAMILIES if f in families),
@@ -166,6 +165,13 @@ def _facts(interest: ir.Condition, facts: Facts) -> Facts:
         protocol_known=known,
         interested=True,
     )
+
+
+def _protocols_of(field: Field) -> Ranges:
+    """The protocols whose packets can have the field."""
+    if field.protocols is None:
+        return ANY_PROTOCOL
+    return Ranges.of(255, [(p, p) for p in field.protocols])
 
 
 def _rules(policy: ir.Policy, facts: Facts, findings: Findings) -> tuple[ir.ClassRule, ...]:
@@ -337,6 +343,8 @@ class _Simplifier:
         merged = _merge(flat, values.intersection, max, min)
         if any(is_false(t) or self._empty(t) for t in merged) or _contradicts(merged):
             return FALSE(span)
+        if self._protocols(merged).empty:
+            return FALSE(span)
         merged = self._assume_keys(merged)
         return merged[0] if len(merged) == 1 else ir.And(tuple(merged), span)
 
@@ -348,6 +356,20 @@ class _Simplifier:
             return TRUE(span)
         merged = [t for t in merged if not is_false(t)]
         return merged[0] if len(merged) == 1 else ir.Or(tuple(merged), span)
+
+    def _protocols(self, terms: Iterable[ir.Condition]) -> Ranges:
+        """The protocols of the packets for which all of the terms can hold."""
+        possible = self.facts.protocols
+        for term in terms:
+            match term:
+                case ir.Test(values=Ranges() as found) if term.field is FIELDS["protocol"]:
+                    possible = possible.intersection(found)
+                case ir.Test() | ir.Bits():
+                    possible = possible.intersection(_protocols_of(term.field))
+                case ir.Over():
+                    for field in term.flow.key:
+                        possible = possible.intersection(_protocols_of(field))
+        return possible
 
     def _empty(self, term: ir.Condition) -> bool:
         return isinstance(term, ir.Test) and self._possible(term)[0].empty

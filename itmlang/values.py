@@ -130,6 +130,11 @@ class Names:
     patterns: frozenset[str] = frozenset()
     inverted: bool = False
 
+    def __post_init__(self) -> None:
+        # Patterns within others go: nftables wants the intervals of a set disjoint.
+        widest = frozenset(p for p in self.patterns if not _within(p, self.patterns - {p}))
+        object.__setattr__(self, "patterns", widest)
+
     @property
     def empty(self) -> bool:
         return not self.patterns and not self.inverted
@@ -147,8 +152,8 @@ class Names:
     def intersection(self, other: "Names") -> "Names":
         match self.inverted, other.inverted:
             case False, False:
-                both = {p for p in self.patterns if _within(p, other)} | {
-                    p for p in other.patterns if _within(p, self)
+                both = {p for p in self.patterns if _within(p, other.patterns)} | {
+                    p for p in other.patterns if _within(p, self.patterns)
                 }
                 return Names(frozenset(both))
             case True, True:
@@ -156,9 +161,10 @@ class Names:
             case True, False:
                 return other.intersection(self)
             case _:
-                if any(_within(p, Names(self.patterns)) for p in other.patterns - self.patterns):
+                kept = Names(frozenset(p for p in self.patterns if not _within(p, other.patterns)))
+                if any(_within(p, kept.patterns) for p in other.patterns):
                     raise InexpressibleError("all of a pattern's interfaces but some of them")
-                return Names(frozenset(p for p in self.patterns if not _within(p, other, True)))
+                return kept
 
     def complement(self) -> "Names":
         return Names(self.patterns, not self.inverted)
@@ -172,13 +178,11 @@ def _matches(pattern: str, name: str) -> bool:
     return name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern
 
 
-def _within(pattern: str, names: Names, inverted: bool = False) -> bool:
-    """Is each name of the pattern in the (un-inverted) patterns of `names`?"""
-    if names.inverted != inverted:
-        return False
+def _within(pattern: str, patterns: frozenset[str]) -> bool:
+    """Is each name of the pattern one of the patterns' names?"""
     return any(
         pattern == other or (other.endswith("*") and pattern.startswith(other[:-1]))
-        for other in names.patterns
+        for other in patterns
     )
 
 

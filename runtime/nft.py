@@ -134,7 +134,9 @@ def _in_child(script: str, flags: str, check: bool) -> _Answer:
     _, ended = os.waitpid(child, 0)
     if not raw:
         how = f"signal {os.WTERMSIG(ended)}" if os.WIFSIGNALED(ended) else "an error"
-        raise MachineError(f"libnftables ended with {how}; nothing was changed")
+        raise MachineError(
+            f"libnftables ended with {how}", "this is a bug in libnftables; a newer one may do"
+        )
     answer: _Answer | str = pickle.loads(raw)
     if isinstance(answer, str):
         raise MachineError(answer, "install it: apt-get install libnftables1")

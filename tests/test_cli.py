@@ -101,7 +101,11 @@ def _bad_files(folder: Path) -> dict[str, tuple[Path, int, str]]:
         "zeros": (bytes(1000), "error[E005]"),
         "latin": ("policy \xfc {}".encode("latin-1"), "error[E005]"),
         "deep": (b"policy p { at forward classify { a when " + b"(" * 100_000, "error[E003]"),
-        "not": (b"policy p { classify { a when " + b"not " * 1_000_000, "error[E003]"),
+        "not": (b"policy p { classify { a when " + b"not " * 900_000, "error[E003]"),
+        "words": (
+            b"policy p { at forward classify { a when ttl==1" + b" or ttl==1" * 400_000 + b"}}",
+            "error[E006]: the file has more than 1000000 words",
+        ),
         "number": (POLICY.replace("80", "9" * 100_000).encode(), "error[E023]"),
         "unclosed": (b"policy p { at forward", "error[E001]: the text ends too early"),
         "string": (b'policy p { interest { in "eth0 } }', "error[E004]"),

@@ -287,7 +287,15 @@ class _Lowering:
     def _count(self, chain: Chain, count: ir.Count, family: int) -> None:
         """Count one flow for one family: a set for each threshold, or one without any."""
         flow = count.flow
-        guard, key = key_match(flow, family, self.facts)
+        matched = key_match(flow, family, self.facts)
+        if matched is None:
+            self.findings.warning(
+                "W006",
+                f"no packet here has the key of `{flow.name}`: it counts nothing",
+                count.span,
+            )
+            return
+        guard, key = matched
         asked = self._asked(flow)
         # One packet takes a flow over a threshold of 0: it needs no meter, and comes
         # first, so that a flow that finds no room there is not counted either.

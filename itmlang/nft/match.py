@@ -62,10 +62,15 @@ def key_expression(flow: ir.Flow, family: int, context: Context) -> str:
     return " . ".join(_expression(field, family, context) for field in flow.key)
 
 
-def key_match(flow: ir.Flow, family: int, facts: Facts) -> tuple[str, str]:
-    """(match that must come first, key) for statements on a flow's set."""
+def key_match(flow: ir.Flow, family: int, facts: Facts) -> tuple[str, str] | None:
+    """(match that must come first, key) for statements on a flow's set.
+
+    None if no packet has the key.
+    """
     over = ir.Over(flow, "packets", 0, flow.span)
     context, guard, _ = _guard([over], facts)
+    if context.protocols.empty:
+        return None
     present = [f.present for f in flow.key if f.present and not facts.always_has(f)]
     return " ".join([*guard, *present]), key_expression(flow, family, context)
 
@@ -110,7 +115,7 @@ def _guard(terms: Sequence[Leaf], facts: Facts) -> tuple[Context, list[str], lis
     for protocols in (f.protocols for t in rest for f in _fields(t) if f.protocols is not None):
         possible = possible.intersection(Ranges.of(255, [(p, p) for p in protocols]))
     context = Context(facts, possible)
-    if not asked and possible == facts.protocols:
+    if possible.empty or (not asked and possible == facts.protocols):
         return context, [], rest
     spelled = any("{proto}" in e for t in rest for f in _fields(t) for e in f.nft.values())
     tcp_flags = any(FIELDS["tcp.flags"] in _fields(t) for t in rest)
@@ -176,7 +181,7 @@ def _set(field: Field, family: int, found: Ranges) -> str:
     outside = found.complement()
     if found.full:
         return f"{field.nft_value(0)}-{field.nft_value(found.limit)}"
-    if len(outside.spans) < len(found.spans):
+    if _written(field, outside) < _written(field, found):
         return "!= " + _elements(field, family, outside).removeprefix("== ")
     if (len(found.spans) == 1 and family not in values.FAMILIES) or field.type.kind != "address":
         (lo, hi), *more = found.spans
@@ -185,6 +190,13 @@ def _set(field: Field, family: int, found: Ranges) -> str:
         if not more and hi == found.limit and lo < hi:
             return f">= {field.nft_value(lo)}"
     return _elements(field, family, found)
+
+
+def _written(field: Field, found: Ranges) -> int:
+    """How many elements it takes to write a set."""
+    if field.type is values.FLAGS and len(found.spans) > 1:
+        return sum(hi - lo + 1 for lo, hi in found.spans)
+    return len(found.spans)
 
 
 def _elements(field: Field, family: int, found: Ranges) -> str:
@@ -197,7 +209,11 @@ def _elements(field: Field, family: int, found: Ranges) -> str:
         low, high = (format(n, field.nft_format) for n in (lo, hi))
         return f"{low}-{high}"
 
-    elements = [element(lo, hi) for lo, hi in found.spans]
+    spans = found.spans
+    if len(spans) != _written(field, found):
+        # nft 1.0.6 crashes when it lists a set of intervals of flags.
+        spans = tuple((n, n) for lo, hi in spans for n in range(lo, hi + 1))
+    elements = [element(lo, hi) for lo, hi in spans]
     if elements and field.type is values.FLAGS and "-" not in elements[0] and len(elements) == 1:
         return "== " + elements[0]  # a flag alone would ask for the bit
     return elements[0] if len(elements) == 1 else "{ " + ", ".join(elements) + " }"

@@ -17,6 +17,7 @@ from itmlang.source import Span
 
 # NFTNL_UDATA_COMMENT_MAXLEN, include/libnftnl/udata.h.
 LONGEST_COMMENT: Final = 128
+LONGEST_QUOTE: Final = 100
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def _chain(printer: _Printer, chain: Chain) -> None:
     for rule in chain.rules:
         if rule.span.line != shown:
             shown = rule.span.line
-            printer.line(f"\t\t# {shown}: {_plain(rule.span.source.line(shown).strip())}")
+            printer.line(f"\t\t# {shown}: {_quoted(rule.span)}")
         printer.line(f'\t\t{rule.text} comment "{comment(rule)}"', rule.span)
     printer.line("\t}")
     printer.line()
@@ -140,6 +141,12 @@ def comment(rule: Rule) -> str:
     while len(file.encode()) > room:
         file = "..." + file[4:] if file.startswith("...") else "..." + file[3:]
     return file + end
+
+
+def _quoted(span: Span) -> str:
+    """The policy's line, or its beginning: all of a policy may stand on one line."""
+    text = _plain(span.source.line(span.line).strip())
+    return text if len(text) <= LONGEST_QUOTE else text[:LONGEST_QUOTE] + " ..."
 
 
 def _plain(text: str) -> str:

@@ -1,6 +1,7 @@
 """`itmc compile`: the ruleset, as `apply` loads it. Needs no root and no kernel."""
 
 import os
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ def command(file: str | None, output: str | None, form: str, against: str, place
         as_json(_json(result))
         return
     text = result.text.text if form == "nft" else _ir(result)
+    if output == "":
+        raise UsageError("--output needs the name of a file")
     if output is None or output == "-":
         click.echo(text, nl=False)
         return
@@ -52,16 +55,33 @@ def command(file: str | None, output: str | None, form: str, against: str, place
 
 
 def _write(path: Path, text: str) -> None:
-    """The whole file or nothing: a reader never sees half a ruleset."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    """The whole file or nothing: a reader never sees half a ruleset.
+
+    What is no regular file (a device, a pipe) is written to, never replaced.
+    """
     try:
+        target = path.resolve()
+        if target.exists() and not target.is_file():
+            target.write_text(text, encoding="utf-8")
+            return
+        mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
+        descriptor, beside = tempfile.mkstemp(prefix=".itm", dir=target.parent)
         try:
-            beside.write_text(text, encoding="utf-8")
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(beside, mode)
+            os.replace(beside, target)
+        except BaseException:
+            os.unlink(beside)
+            raise
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _json(result: Compiled) -> dict[str, Any]:

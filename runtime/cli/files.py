@@ -50,7 +50,7 @@ def compiled(name: str | None) -> Compiled:
 def _default() -> str:
     if Path("site.itm").exists():
         return "site.itm"
-    found = sorted(path.name for path in Path().glob("*.itm"))
+    found = sorted(p.name for p in Path().glob("[!.]*.itm") if p.is_file())
     if len(found) == 1:
         return found[0]
     what = "there is no *.itm here" if not found else f"there are {len(found)} *.itm files here"

@@ -58,7 +58,6 @@ def _size(text: str) -> int:
 def _run(result: Compiled, sizes: Sequence[int]) -> None:
     from runtime.lab import Network, run_flows
 
-    click.echo("client 10.0.1.1, fd00:1::1 - traffic manager - server 10.0.2.1, fd00:2::1\n")
     with tempfile.TemporaryDirectory() as folder, Network() as network:
         # The lab's policies are nobody else's business.
         os.environ["ITM_STATE_DIR"] = folder
@@ -68,6 +67,7 @@ def _run(result: Compiled, sizes: Sequence[int]) -> None:
         with network.manager.entered():
             counted = {p.name: flow_counts(p.name) for p in result.policies}
             policies = status()
+    click.echo("client 10.0.1.1, fd00:1::1 - traffic manager - server 10.0.2.1, fd00:2::1\n")
     _show_flows(result, records, counted)
     for policy in policies:
         hooks = ", ".join(hook for hook, _ in policy.hooks)

@@ -30,8 +30,9 @@ def _json(policy: PolicyStatus) -> dict[str, object]:
 
 def _show(policy: PolicyStatus) -> None:
     hooks = ", ".join(hook for hook, _ in policy.hooks)
-    click.echo(f"{policy.name}: {policy.state}, at {hooks}, priority {policy.priority}", nl=False)
-    click.echo(f", from {policy.file}" if policy.file else "")
+    parts = [policy.state, f"at {hooks}" if hooks else "at no hook", f"priority {policy.priority}"]
+    parts += [f"from {policy.file}"] if policy.file else []
+    click.echo(f"{policy.name}: {', '.join(parts)}")
     if policy.state == "missing":
         click.echo("  its table is gone from the kernel: `itmc apply` brings it back")
     elif policy.state == "unknown":

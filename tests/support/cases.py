@@ -1,0 +1,183 @@
+"""Case files: one claim each, as sections of plain text.
+
+    # the claim
+    --- policy
+    policy … { … }
+    --- nftables [NAME …]       the golden text of these chains and sets
+    --- packets [PATH]          forward if not given
+    send 3 tcp 10.0.1.1:1000 -> 10.0.2.1:80 expect class short tos 0x10
+    wait 1200ms
+    as fragment send 1 udp … expect untouched
+
+`as SHAPE` makes of the packet what its text cannot say (see `frames`).
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from itmlang import syntax, values
+from itmlang.diagnostics import CompileError, Findings, render
+from itmlang.evaluate import Scope, single
+from itmlang.packet import Packet
+from itmlang.packets import header
+from itmlang.parser import parse_send
+from itmlang.pipeline import Compiled, compile
+from itmlang.semantics import PATHS, Visit
+from itmlang.source import Source
+from tests.support.frames import shaped
+
+CASES = Path(__file__).parents[1] / "cases"
+_SECTION = re.compile(r"^--- (\w+)(.*)$", re.MULTILINE)
+_COMMENT = re.compile(r' comment "[^"]*"$')
+_FIELDS = {"tos": values.TOS, "dscp": values.DSCP, "ecn": values.ECN, "ttl": values.OCTET}
+
+
+@dataclass(frozen=True)
+class Send:
+    """`count` equal packets on a path, or a pause of `wait` seconds; `place` is for messages."""
+
+    place: str
+    path: str
+    wait: float
+    count: int
+    data: bytes
+    mark: int
+    expectations: tuple[syntax.Expectation, ...]
+
+    def packet(self) -> Packet:
+        return Packet(bytearray(self.data), mark=self.mark)
+
+
+@dataclass(frozen=True)
+class Case:
+    path: Path
+    claim: str
+    policy: str
+    blocks: tuple[str, ...]  # the chains and sets of the golden text
+    golden: str
+    sends: tuple[Send, ...]
+
+    @property
+    def name(self) -> str:
+        return str(self.path.relative_to(CASES).with_suffix(""))
+
+    @cache  # noqa: B019  a case lives as long as the run
+    def compiled(self) -> Compiled:
+        try:
+            return compile(Source(self.path.name, self.policy))
+        except CompileError as error:
+            raise AssertionError("\n".join(map(render, error.diagnostics))) from None
+
+    def bless(self) -> None:
+        """Put the nftables that come out today into the file."""
+        text = self.path.read_text()
+        head, rest = re.split(r"(?<=--- nftables)(?=[ \n])", text, maxsplit=1)
+        names, _, rest = rest.partition("\n")
+        packets = rest[rest.index("--- packets") :]
+        shown = printed(self.compiled(), self.blocks)
+        self.path.write_text(f"{head}{names}\n{shown}\n{packets}")
+
+
+def cases() -> list[Case]:
+    return [read(path) for path in sorted(CASES.rglob("*.case"))]
+
+
+def read(path: Path) -> Case:
+    text = path.read_text()
+    marks = list(_SECTION.finditer(text))
+    claim = text[: marks[0].start()].strip()
+    assert claim.startswith("# ") and "\n" not in claim, f"{path}: begin with one line, the claim"
+    policy = golden = ""
+    blocks: tuple[str, ...] = ()
+    sends: list[Send] = []
+    for index, mark in enumerate(marks):
+        end = marks[index + 1].start() if index + 1 < len(marks) else len(text)
+        content, argument = text[mark.end() + 1 : end], mark.group(2).strip()
+        match mark.group(1):
+            case "policy":
+                policy = content
+            case "nftables":
+                golden, blocks = content.strip("\n"), tuple(argument.split())
+            case "packets":
+                line = text.count("\n", 0, mark.end()) + 2
+                sends += _sends(path, line, argument or "forward", content)
+            case other:
+                raise ValueError(f"{path}: no section is called {other}")
+    return Case(path, claim[2:], policy, blocks, golden, tuple(sends))
+
+
+def _sends(path: Path, first: int, route: str, content: str) -> list[Send]:
+    assert route in PATHS, f"{path}: no path is called {route}"
+    found = []
+    for number, line in enumerate(content.splitlines(), first):
+        place, line = f"{path.name}:{number}", line.split(" #")[0].strip()
+        if not line or line.startswith("#"):
+            continue
+        if line.startswith("wait "):
+            seconds = int(line.removeprefix("wait ").removesuffix("ms")) / 1000
+            found.append(Send(place, route, seconds, 0, b"", 0, ()))
+            continue
+        shape = ""
+        if line.startswith("as "):
+            _, shape, line = line.split(" ", 2)
+        findings = Findings()
+        node = parse_send(Source(place, line), findings)
+        built = None if node is None else header(node.packet, findings)
+        if node is None or built is None:
+            raise ValueError("\n".join(map(render, findings.diagnostics)))
+        assert route == "out" or not built.mark, f"{place}: a mark does not cross a wire"
+        data = shaped(bytes(built.build().data), shape)
+        found.append(Send(place, route, 0, node.count.value, data, built.mark, node.expectations))
+    return found
+
+
+def printed(compiled: Compiled, blocks: tuple[str, ...]) -> str:
+    """The named chains and sets of the ruleset, without comments."""
+    shown, inside, table = [], False, ""
+    several = len(compiled.policies) > 1
+    for line in compiled.text.text.splitlines():
+        if line.startswith("table ") and line.endswith("{"):
+            table = line.split()[2]
+        word = line.split()
+        if line[:1] == "\t" and line[1:2] not in ("\t", "}") and word[:1] in (["chain"], ["set"]):
+            inside = word[1] in blocks
+            if inside and several:
+                shown.append(f"# {table}")
+        if inside and not line.strip().startswith("#"):
+            shown.append(_COMMENT.sub("", line.removeprefix("\t")))
+        inside = inside and line != "\t}"
+    return "\n".join(shown)
+
+
+def unmet(
+    expectations: tuple[syntax.Expectation, ...], visits: list[Visit], before: Packet, after: Packet
+) -> list[str]:
+    """What was expected by hand and did not happen; `before` has crossed the hooks unchanged."""
+    said = {(visit.policy.name, visit.outcome.name) for visit in visits}
+    dropped = any(visit.outcome.verdict == "drop" for visit in visits)
+    problems = []
+    for expected in expectations:
+        text = expected.span.text
+        match expected.kind:
+            case "class":
+                assert expected.name is not None
+                of = expected.policy and expected.policy.text
+                if not any(c == expected.name.text and of in (None, p) for p, c in said):
+                    problems.append(f"{text}: it was {sorted(map(str, said))}")
+            case "untouched":
+                if any(name for _, name in said) or before.data != after.data:
+                    problems.append(f"{text}: it was {sorted(map(str, said))}")
+            case "drop":
+                if not dropped:
+                    problems.append("drop: it was accepted")
+            case kind:
+                assert expected.value is not None
+                wanted = single(expected.value, _FIELDS[kind], Scope(), Findings())
+                got = getattr(after, kind)
+                if got != wanted:
+                    problems.append(f"{text}: it is {got:#04x}")
+    if dropped and not any(e.kind == "drop" for e in expectations):
+        problems.append("it was dropped")
+    return problems

@@ -1,0 +1,112 @@
+"""Packets that a policy file cannot write down, and checksums by another hand than itm's."""
+
+import struct
+
+from scapy.layers.inet import ICMP, IP, TCP, UDP
+from scapy.layers.inet6 import ICMPv6EchoRequest, IPv6
+from scapy.packet import Packet as Layer
+
+SHAPES = (
+    "options", "fragment", "first-fragment", "short",
+    "hop-by-hop", "destination-options", "both-options",
+)  # fmt: skip
+_IDENTITY = 0x1234  # not 0, or a raw socket would choose another one
+_PADDING = bytes((1, 4, 0, 0, 0, 0))  # PadN, RFC 8200 section 4.2
+
+
+def shaped(data: bytes, shape: str) -> bytes:
+    """The packet in another shape: with IP options or extension headers, as a fragment, cut short.
+
+    `fragment` is a later one, `short` has eight bytes behind its IP header.
+    """
+    version = data[0] >> 4
+    if shape and shape not in SHAPES:
+        raise ValueError(f"no shape is called {shape}")
+    return _shaped_ipv4(data, shape) if version == 4 else _shaped_ipv6(data, shape)
+
+
+def _shaped_ipv4(data: bytes, shape: str) -> bytes:
+    head, body = bytearray(data[:20]), data[20:]
+    struct.pack_into("!H", head, 4, _IDENTITY)
+    if shape == "options":
+        head[0] = 0x46
+        head += bytes((1, 1, 1, 0))  # three times "no operation", then the end
+    elif shape == "fragment":
+        struct.pack_into("!H", head, 6, 185)
+    elif shape == "first-fragment":
+        struct.pack_into("!H", head, 6, 0x2000)
+    elif shape == "short":
+        body = body[:8]
+        struct.pack_into("!H", head, 6, 0x2000)
+    elif shape:
+        raise ValueError(f"IPv4 has no shape {shape}")
+    struct.pack_into("!H", head, 2, len(head) + len(body))
+    struct.pack_into("!H", head, 10, 0)
+    struct.pack_into("!H", head, 10, ones_complement(head))
+    return bytes(head) + body
+
+
+def _shaped_ipv6(data: bytes, shape: str) -> bytes:
+    head, body, protocol = bytearray(data[:40]), data[40:], data[6]
+    match shape:
+        case "hop-by-hop":
+            head[6], body = 0, bytes((protocol, 0)) + _PADDING + body
+        case "destination-options":
+            head[6], body = 60, bytes((protocol, 0)) + _PADDING + body
+        case "both-options":
+            head[6] = 0
+            body = bytes((60, 0)) + _PADDING + bytes((protocol, 0)) + _PADDING + body
+        case "fragment":
+            head[6], body = 44, struct.pack("!BBHI", protocol, 0, 185 << 3, 7) + body
+        case "first-fragment":
+            head[6], body = 44, struct.pack("!BBHI", protocol, 0, 1, 7) + body
+        case "short":
+            head[6], body = 44, struct.pack("!BBHI", protocol, 0, 1, 7) + body[:8]
+        case "":
+            pass
+        case _:
+            raise ValueError(f"IPv6 has no shape {shape}")
+    struct.pack_into("!H", head, 4, len(body))
+    return bytes(head) + body
+
+
+def ones_complement(data: bytes | bytearray) -> int:
+    """The checksum of RFC 1071, added up byte by byte."""
+    total = sum(byte << 8 if index % 2 == 0 else byte for index, byte in enumerate(data))
+    while total > 0xFFFF:
+        total = (total >> 16) + (total & 0xFFFF)
+    return 0xFFFF - total
+
+
+def wrong_checksums(data: bytes) -> list[str]:
+    """The layers of a packet whose checksum is not the one that scapy computes."""
+    layer: type[Layer] = IP if data[0] >> 4 == 4 else IPv6
+    given, fresh = layer(data), layer(data)
+    fragment = _is_fragment(data)
+    wrong = []
+    for kind, name in ((IP, "chksum"), (TCP, "chksum"), (UDP, "chksum"), (ICMP, "chksum"),
+                       (ICMPv6EchoRequest, "cksum")):  # fmt: skip
+        if kind not in given or (fragment and kind is not IP):
+            continue
+        delattr(fresh[kind], name)
+        wanted = getattr(layer(bytes(fresh))[kind], name)
+        if getattr(given[kind], name) != wanted:
+            wrong.append(f"{kind.__name__} {getattr(given[kind], name):#06x}, not {wanted:#06x}")
+    return wrong
+
+
+def _is_fragment(data: bytes) -> bool:
+    if data[0] >> 4 == 4:
+        return bool(struct.unpack_from("!H", data, 6)[0] & 0x3FFF)
+    return data[6] == 44
+
+
+def routed(data: bytearray) -> None:
+    """What forwarding does to a packet: its TTL goes down by one, the IPv4 checksum follows."""
+    if data[0] >> 4 == 6:
+        data[7] -= 1
+        return
+    data[8] -= 1
+    # net/ipv4/ip_forward.c by way of ip_decrease_ttl: add 0x0100, carry included.
+    check = struct.unpack_from("!H", data, 10)[0] + 0x0100
+    struct.pack_into("!H", data, 10, (check + (check >= 0xFFFF)) & 0xFFFF)

@@ -1,0 +1,74 @@
+"""Imports go one way, and each outside library stays behind its one module."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# A module imports only from lines above its own; the last one may import all.
+ORDER = (
+    "source", "diagnostics", "values", "packet", "fields",
+    "actions.action", "actions.accept", "actions.drop", "actions.dscp", "actions.tos", "actions",
+    "resources", "syntax", "parser", "evaluate", "packets", "ir", "check",
+    "unparse", "simplify", "place", "nft.model", "nft.match", "nft.lower", "nft.text",
+    "semantics", "pipeline",
+)  # fmt: skip
+# Which modules may import an outside library; a folder stands for all in it.
+BEHIND = {
+    "lark": ("itmlang/parser.py",),
+    "pyroute2": ("runtime/traffic.py",),
+    "nftables": ("runtime/nft.py",),
+    "click": ("runtime/cli/",),
+    "rich": ("runtime/cli/",),
+}
+SOURCES = sorted([*ROOT.glob("itmlang/**/*.py"), *ROOT.glob("runtime/**/*.py")])
+
+
+def imports(path: Path) -> set[str]:
+    """The full names of the modules that a file imports; `a.b` also for `from a import b`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path}: relative import"
+            found |= {_module(f"{node.module}.{a.name}") or node.module for a in node.names}
+    return found
+
+
+def _module(name: str) -> str | None:
+    path = ROOT / name.replace(".", "/")
+    return name if path.with_suffix(".py").exists() or (path / "__init__.py").exists() else None
+
+
+def _name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
+def test_imports_go_one_way(path: Path) -> None:
+    name, used = _name(path), imports(path)
+    if not name.startswith("itmlang."):
+        return
+    assert not [u for u in used if u.split(".")[0] == "runtime"], "the compiler needs no machine"
+    own = name.removeprefix("itmlang.")
+    if own == "nft":
+        return
+    assert own in ORDER, f"give {own} a place in ORDER"
+    above = ORDER[: ORDER.index(own)]
+    wrong = [
+        u for u in used if u.startswith("itmlang.") and u.removeprefix("itmlang.") not in above
+    ]
+    assert not wrong, f"{own} imports what comes after it: {wrong}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
+def test_libraries_stay_behind_their_module(path: Path) -> None:
+    place = str(path.relative_to(ROOT))
+    for library in {used.split(".")[0] for used in imports(path)} & set(BEHIND):
+        assert place.startswith(BEHIND[library]), f"{library} belongs to {BEHIND[library]}"
+
+
+def test_order_names_real_modules() -> None:
+    assert [m for m in ORDER if _module(f"itmlang.{m}") is None] == []

@@ -1,0 +1,180 @@
+"""Whatever the text, there is a tree or there are diagnostics, soon."""
+
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from itmlang.diagnostics import MOST_ERRORS, CompileError, Diagnostic, Findings, render
+from itmlang.packets import read_packet
+from itmlang.pipeline import compile
+from itmlang.source import Source
+
+ROOT = Path(__file__).parents[1]
+POLICIES = [path.read_text() for path in sorted(ROOT.glob("policies/*.itm"))]
+TOKENS = (
+    "policy", "p", "{", "}", "(", ")", "at", "forward", "postrouting", "priority", "-", "3",
+    "interest", "not", "saddr", "10.0.0.1", "10.0.0.0/24", "fd00::1", "in", '"eth0"', "flow", "by",
+    ",", "timeout", "5s", "max", "classify", "when", "dport", "==", "!=", "<=", "has", "and", "or",
+    "tcp.flags", "fin", "f.packets", "packets", "KB", "log", "count", "process", "set", "tos",
+    "minimize-delay", "unset", "drop", "run", "fail", ":", "=", "+", "#", "\n", '"', ";", "0x",
+    "é", "\0", "99999999999999999999999", "::", "connection", "send", "expect",
+)  # fmt: skip
+
+
+def diagnostics(text: str) -> tuple[Diagnostic, ...]:
+    """What the compiler says; anything but diagnostics is a test's failure."""
+    try:
+        found = compile(Source("text.itm", text)).warnings
+    except CompileError as error:
+        found = error.diagnostics
+        assert any(d.is_error for d in found)
+    assert len([d for d in found if d.is_error]) <= MOST_ERRORS + 1
+    for one in found:
+        assert render(one).isprintable() or "\n" in render(one)
+    return found
+
+
+def errors(text: str) -> list[tuple[int, str]]:
+    return [(d.span.line if d.span else 0, d.code) for d in diagnostics(text) if d.is_error]
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.sampled_from(TOKENS), max_size=40))
+def test_token_soup(tokens: list[str]) -> None:
+    diagnostics(" ".join(tokens))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=80))
+def test_any_text(text: str) -> None:
+    diagnostics(text)
+    diagnostics("policy p { at forward classify { c when " + text)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(POLICIES), st.data())
+def test_mutated_policies(policy: str, draw: st.DataObject) -> None:
+    for _ in range(draw.draw(st.integers(1, 4))):
+        at = draw.draw(st.integers(0, len(policy)))
+        end = min(len(policy), at + draw.draw(st.integers(0, 12)))
+        policy = policy[:at] + draw.draw(st.sampled_from((*TOKENS, ""))) + policy[end:]
+    diagnostics(policy)
+
+
+def condition(text: str) -> str:
+    return f"policy p {{ at forward classify {{ c when {text} }} }}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(" * 100_000,
+        condition("(" * 100_000 + "dport == 1" + ")" * 100_000),
+        condition("not " * 100_000 + "dport == 1"),
+        condition("not(" * 1000 + "dport == 1" + ")" * 1000),
+        condition("not (dport == 1 and " * 60 + "ttl == 3" + ")" * 60),
+        condition(" or ".join(f"dport == {n}" for n in range(20_000))),
+        condition(" and ".join(["dport == 1"] * 20_000)),
+        condition("dport in { " + ", ".join(str(n) for n in range(0, 65536, 2)) + " }"),
+        condition("dport == " + " + ".join(["1"] * 20_000)),
+        condition("dport == " + "9" * 100_000),
+        condition("dport == 0x" + "f" * 100_000),
+        "{" * 100_000,
+        "}" * 100_000,
+        '"' * 10_001,
+        "#" * 100_000,
+        "policy " * 10_000,
+        "policy p { at forward }\n" * 2_000,
+        "policy p { at forward flow f by saddr timeout " + "9" * 5000 + "d log { count f } }",
+        f"policy {'p' * 100_000} {{ at forward }}",
+    ],
+    ids=lambda text: text[:12] + text[-8:] + str(len(text)),
+)
+def test_what_is_large_or_deep_is_answered_soon(text: str) -> None:
+    start = time.monotonic()
+    diagnostics(text)
+    assert time.monotonic() - start < 20
+
+
+def test_sixty_levels_are_not_too_deep() -> None:
+    assert errors(condition("(" * 60 + "dport == 1" + ")" * 60)) == []
+    assert [c for _, c in errors(condition("(" * 70 + "dport == 1" + ")" * 70))] == ["E003"]
+
+
+def test_all_errors_come_in_one_run() -> None:
+    text = """policy p {
+    at forwards
+    classify { c when colour == 3  d when dport == 70000 }
+    process { e { drop } }
+}
+policy q {
+    at forward
+    classify { c when == }
+}
+policy r {
+    at forward
+    interest { saddr 10.0.0.1/8 }
+}
+"""
+    found = errors(text)
+    assert set(found) == {
+        (2, "E010"), (3, "E010"), (3, "E023"), (4, "E010"), (8, "E001"), (12, "E024"),
+    }  # fmt: skip
+
+
+def test_a_brace_in_a_comment_or_string_closes_nothing() -> None:
+    assert errors('policy p { # }\n at forward interest { in "eth}" } }') == []
+    assert errors("# policy x {\npolicy p { at forward }") == []
+
+
+def test_a_list_may_be_a_parameter() -> None:
+    assert errors(
+        "policy p(ports: port = { 80, 443 }, n: number = 2) {\n"
+        " at forward classify { c when dport in ports and ttl == n } }"
+    ) == []  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("tcp 10.0.0.1:1 -> 10.0.0.2:2 flags syn,ack tos 0x10 length 100 ttl 3", None),
+        ("udp [fd00::1]:1 -> [fd00::2]:53 dscp ef ecn ce", None),
+        ("icmp 10.0.0.1 -> 10.0.0.2", None),
+        ("tcp 10.0.0.1 -> 10.0.0.2:2", "E028"),
+        ("icmp 10.0.0.1:1 -> 10.0.0.2", "E028"),
+        ("udp 10.0.0.1:1 -> 10.0.0.2:2 flags syn", "E028"),
+        ("tcp 10.0.0.1:1 -> [fd00::2]:2", "E027"),
+        ("tpc 10.0.0.1:1 -> 10.0.0.2:2", "E010"),
+        ("tcp 10.0.0.0/24:1 -> 10.0.0.2:2", "E022"),
+        ("tcp 10.0.0.1:1 -> 10.0.0.2:70000", "E023"),
+        ("tcp 10.0.0.1:1 -> 10.0.0.2:2 length 10", "E023"),
+        ("tcp 10.0.0.1:1 -> 10.0.0.2:2 length 70000", "E023"),
+        ("tcp 10.0.0.1:1 -> 10.0.0.2:2 colour 3", "E010"),
+        ("tcp 10.0.0.1:1 -> 10.0.0.2:2 ttl 3 ttl 4", "E012"),
+        ("tcp 10.0.0.1:1", "E001"),
+        ("", "E001"),
+    ],
+)
+def test_packets_as_text(text: str, code: str | None) -> None:
+    findings = Findings()
+    header = read_packet(text, findings)
+    assert [d.code for d in findings.diagnostics] == ([] if code is None else [code])
+    assert (header is None) == (code is not None)
+    if header is not None:
+        header.build()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from((
+    "tcp", "udp", "icmp", "10.0.0.1:1", "[fd00::1]:2", "fd00::1", "->", "flags", "syn", "length",
+    "tos", "3", "-1", "in", '"eth0"', "70000", "{", "}", ",", "mark", "ttl",
+)), max_size=12))  # fmt: skip
+def test_packet_soup(tokens: list[str]) -> None:
+    findings = Findings()
+    header = read_packet(" ".join(tokens), findings)
+    assert (header is None) == findings.failed
+    if header is not None:
+        header.build()
