@@ -1,6 +1,5 @@
 """Options and fixtures: `--bless`, and the networks in which the kernel is asked."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +7,7 @@ import pytest
 from runtime.lab import Network
 from runtime.traffic import Namespace, TrafficError
 from tests.support.kernel import Wire
+from tests.support.needs import unavailable
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -16,21 +16,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def _unavailable(error: TrafficError) -> None:
-    """Skip what needs root, with the reason; where CI runs as root it may not be missing."""
-    reason = f"no network namespaces: {error}"
-    if os.environ.get("CI") and os.geteuid() == 0:
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
 @pytest.fixture(scope="session")
 def empty_namespace() -> Iterator[Namespace]:
     """A namespace in which nothing is ever loaded."""
     try:
         namespace = Namespace.create("check")
     except TrafficError as error:
-        _unavailable(error)
+        unavailable(error)
     yield namespace
     namespace.close()
 
@@ -41,7 +33,7 @@ def wire() -> Iterator[Wire]:
     try:
         network = Network().__enter__()
     except TrafficError as error:
-        _unavailable(error)
+        unavailable(error)
     try:
         with Wire(network) as ready:
             yield ready

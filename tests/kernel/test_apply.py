@@ -16,6 +16,7 @@ from runtime import apply as runtime_apply
 from runtime import nft
 from runtime.errors import MachineError, UsageError
 from runtime.traffic import Namespace, TrafficError
+from tests.support.needs import unavailable
 
 ITMC = [sys.executable, "-c", "from runtime.cli.main import main; main()"]
 FLOW = """
@@ -46,7 +47,7 @@ def host(tmp_path, monkeypatch):
     try:
         namespace = Namespace.create("host")
     except TrafficError as error:
-        pytest.skip(f"needs root and network namespaces: {error}")
+        unavailable(error)
     try:
         with namespace.entered():
             yield namespace

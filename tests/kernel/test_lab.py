@@ -16,6 +16,7 @@ from itmlang.source import Source
 from runtime import apply as runtime_apply
 from runtime.lab import Network, run_flows
 from runtime.traffic import TrafficError
+from tests.support.needs import unavailable
 
 SIZES = (1_000, 40_000, 300_000)
 
@@ -25,7 +26,7 @@ def network():
     try:
         entered = Network().__enter__()
     except TrafficError as error:
-        pytest.skip(f"needs root, network namespaces and veth: {error}")
+        unavailable(error)
     with entered as network:
         yield network
 
