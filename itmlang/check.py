@@ -11,11 +11,12 @@ from typing import Final, TypeVar
 
 from itmlang import ir, syntax, values
 from itmlang.actions import ACTIONS, Action
+from itmlang.conditions import Conditions, flow_tests
 from itmlang.diagnostics import Findings, did_you_mean
 from itmlang.evaluate import Parameter, Scope, single, value_set
-from itmlang.fields import FIELDS, FLOW_ATTRIBUTES, HOOKS, INTEREST_FIELDS, Field
+from itmlang.fields import FIELDS, HOOKS, INTEREST_FIELDS, Field
 from itmlang.source import Span
-from itmlang.values import PARAMETER_TYPES, Ranges, Type
+from itmlang.values import PARAMETER_TYPES
 
 DEFAULT_TIMEOUT: Final = 5 * 60_000
 DEFAULT_SIZE: Final = 65_536
@@ -76,11 +77,12 @@ class _Check:
         self._name(self.node.name)
         complete = self._parameters()
         hooks = self._hooks()
+        conditions = Conditions(hooks, self.flows, self.scope, self.findings)
         priority = self._priority()
-        interest = self._interest(hooks)
+        interest = self._interest(conditions)
         for flow in self._all(syntax.Flow):
-            self._flow(flow, hooks)
-        rules = self._rules(hooks)
+            self._flow(flow, conditions)
+        rules = self._rules(conditions)
         counts = self._counts()
         process = self._process({rule.name for rule in rules})
         self._placement()
@@ -225,13 +227,13 @@ class _Check:
 
     # Interest and conditions.
 
-    def _interest(self, hooks: tuple[str, ...]) -> ir.And:
+    def _interest(self, conditions: Conditions) -> ir.And:
         node = self._one(syntax.Interest, "interest")
         terms: list[ir.Condition] = []
         known = {name: FIELDS[name] for name in INTEREST_FIELDS}
         for line in node.lines if node is not None else ():
-            field = self._known(line.field, known)
-            if field is None or not self._met(field, hooks, line.field.span):
+            field = conditions.field(line.field, known)
+            if field is None or not conditions.met(field, line.field.span):
                 continue
             found = value_set(line.value, field.type, self.scope, self.findings)
             if found is None:
@@ -240,109 +242,9 @@ class _Check:
             terms.append(ir.Not(test, line.span) if line.excluded else test)
         return ir.And(tuple(terms), node.span if node is not None else self.node.name.span)
 
-    def _known(self, name: syntax.FieldName, known: dict[str, Field]) -> Field | None:
-        if name.text in known:
-            return known[name.text]
-        if name.text in FIELDS:
-            message = f"`{name.text}` cannot be used here"
-        else:
-            message = f"there is no field `{name.text}`"
-        self.findings.error("E010", message, name.span, help=did_you_mean(name.text, known))
-        return None
-
-    def _met(self, field: Field, hooks: tuple[str, ...], span: Span) -> bool:
-        """Can packets at all of the hooks have the field?"""
-        missing = [hook for hook in hooks if hook not in field.hooks]
-        for hook in missing:
-            self.findings.error(
-                "E030",
-                f"packets at {hook} have no `{field.name}` interface",
-                span,
-                help=f"`{field.name}` is known at {', '.join(field.hooks)}",
-            )
-        return not missing
-
-    def _condition(self, node: syntax.Condition, hooks: tuple[str, ...]) -> ir.Condition | None:
-        match node:
-            case syntax.AllOf() | syntax.AnyOf():
-                found = [self._condition(term, hooks) for term in node.terms]
-                terms = tuple(term for term in found if term is not None)
-                kind = ir.And if isinstance(node, syntax.AllOf) else ir.Or
-                return kind(terms, node.span) if len(terms) == len(found) else None
-            case syntax.Negation():
-                inner = self._condition(node.term, hooks)
-                return None if inner is None else ir.Not(inner, node.span)
-            case syntax.Comparison():
-                return self._comparison(node, hooks)
-
-    def _comparison(self, node: syntax.Comparison, hooks: tuple[str, ...]) -> ir.Condition | None:
-        flow_name, _, attribute = node.field.text.partition(".")
-        if flow_name in self.flows:
-            return self._flow_test(node, self.flows[flow_name], attribute)
-        known = {name: field for name, field in FIELDS.items() if field.compared}
-        field = known.get(node.field.text)
-        if field is None:
-            names = [*known, *(f"{f}.{a}" for f in self.flows for a in FLOW_ATTRIBUTES)]
-            what = "flow" if attribute in FLOW_ATTRIBUTES else "field"
-            shown = flow_name if what == "flow" else node.field.text
-            self.findings.error(
-                "E010", f"there is no {what} `{shown}`", node.field.span,
-                help=did_you_mean(node.field.text, names),
-            )  # fmt: skip
-            return None
-        if not self._met(field, hooks, node.field.span):
-            return None
-        if node.operator == "has":
-            return self._has(node, field)
-        found = self._compared(node, field.type)
-        return None if found is None else ir.Test(field, found, node.span)
-
-    def _has(self, node: syntax.Comparison, field: Field) -> ir.Condition | None:
-        if field.type is not values.FLAGS:
-            self.findings.error(
-                "E031", f"`has` asks for a flag, and `{field.name}` has none", node.span,
-                help="use `in`, as in `dport in { 80, 443 }`",
-            )  # fmt: skip
-            return None
-        found = value_set(node.value, field.type, self.scope, self.findings)
-        if not isinstance(found, Ranges):
-            return None
-        mask = 0
-        for lo, hi in found.spans:
-            for value in range(lo, hi + 1):
-                mask |= value
-        return ir.Bits(field, mask, node.span)
-
-    def _compared(self, node: syntax.Comparison, type: Type) -> values.ValueSet | None:
-        """The set of values for which `field OPERATOR value` holds."""
-        ordered = type.kind == "integer" and type not in (values.FAMILY, values.FLAGS)
-        if node.operator in ("<", "<=", ">", ">="):
-            if not ordered:
-                self.findings.error(
-                    "E031",
-                    f"`{node.operator}` does not fit: {type.article} {type.name} has no order",
-                    node.span,
-                    help="use `==`, `!=` or `in`",
-                )
-                return None
-            value = single(node.value, type, self.scope, self.findings)
-            if value is None:
-                return None
-            interval = {
-                "<": (0, value - 1),
-                "<=": (0, value),
-                ">": (value + 1, type.limit),
-                ">=": (value, type.limit),
-            }[node.operator]
-            return Ranges.of(type.limit, [interval])
-        found = value_set(node.value, type, self.scope, self.findings)
-        if found is None:
-            return None
-        return values.complement(found) if node.operator == "!=" else found
-
     # Flows.
 
-    def _flow(self, node: syntax.Flow, hooks: tuple[str, ...]) -> None:
+    def _flow(self, node: syntax.Flow, conditions: Conditions) -> None:
         self._name(node.name)
         if node.name.text in self.flows:
             first = self.flows[node.name.text].span
@@ -356,8 +258,8 @@ class _Check:
         known = {name: field for name, field in FIELDS.items() if field.key}
         key: list[Field] = []
         for name in node.key:
-            field = self._known(name, known)
-            if field is None or not self._met(field, hooks, name.span):
+            field = conditions.field(name, known)
+            if field is None or not conditions.met(field, name.span):
                 continue
             if field in key:
                 self.findings.error("E012", f"`{name.text}` is named twice", name.span)
@@ -389,26 +291,9 @@ class _Check:
             given[option.name] = value or 1
         return given.get("timeout", DEFAULT_TIMEOUT), given.get("max", DEFAULT_SIZE)
 
-    def _flow_test(
-        self, node: syntax.Comparison, flow: ir.Flow, attribute: str
-    ) -> ir.Condition | None:
-        type = FLOW_ATTRIBUTES.get(attribute)
-        if type is None:
-            shown = f"has no `{attribute}`" if attribute else "needs to be told what of it"
-            self.findings.error(
-                "E010", f"the flow `{flow.name}` {shown}", node.field.span,
-                help=did_you_mean(attribute, FLOW_ATTRIBUTES),
-            )  # fmt: skip
-            return None
-        if node.operator == "has":
-            self.findings.error("E031", "`has` asks for a flag; compare a count", node.span)
-            return None
-        found = self._compared(node, type)
-        return ir.FlowTest(flow, attribute, found, node.span) if isinstance(found, Ranges) else None
-
     # The sections.
 
-    def _rules(self, hooks: tuple[str, ...]) -> tuple[ir.ClassRule, ...]:
+    def _rules(self, conditions: Conditions) -> tuple[ir.ClassRule, ...]:
         node = self._one(syntax.Classify, "classify")
         rules: list[ir.ClassRule] = []
         otherwise: ir.ClassRule | None = None
@@ -423,7 +308,7 @@ class _Check:
                 )
             condition = None
             if rule.condition is not None:
-                condition = self._condition(rule.condition, hooks)
+                condition = conditions.condition(rule.condition)
                 if condition is None:
                     # Kept, so that `process` is checked against all the names.
                     condition = ir.Or((), rule.span)
@@ -533,16 +418,3 @@ class _Check:
                     flow.span,
                     help=f"add `log {{ count {name} }}`",
                 )
-
-
-def flow_tests(condition: ir.Condition | None) -> list[ir.FlowTest]:
-    """All tests of flows in a condition, from left to right."""
-    match condition:
-        case ir.FlowTest():
-            return [condition]
-        case ir.Not():
-            return flow_tests(condition.term)
-        case ir.And() | ir.Or():
-            return [test for term in condition.terms for test in flow_tests(term)]
-        case _:
-            return []

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     "source", "diagnostics", "values", "packet", "fields",
     "actions.action", "actions.accept", "actions.drop", "actions.dscp", "actions.tos", "actions",
-    "resources", "syntax", "parser", "evaluate", "packets", "ir", "check",
+    "resources", "syntax", "parser", "evaluate", "packets", "ir", "conditions", "check",
     "unparse", "simplify", "place", "nft.model", "nft.match", "nft.lower", "nft.text",
     "semantics", "pipeline",
 )  # fmt: skip
