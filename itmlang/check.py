@@ -238,7 +238,7 @@ class _Check:
             found = value_set(line.value, field.type, self.scope, self.findings)
             if found is None:
                 continue
-            test = ir.Test(field, found, line.span)
+            test = ir.Test(field, found, line.field.span.to(line.value.span))
             terms.append(ir.Not(test, line.span) if line.excluded else test)
         return ir.And(tuple(terms), node.span if node is not None else self.node.name.span)
 

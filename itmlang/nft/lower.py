@@ -111,27 +111,31 @@ class _Lowering:
     # Hooks.
 
     def _hooks(self) -> None:
-        ports = asks_transport(self.whole.interest)
-        for hook in self.policy.hooks:
-            span = self.policy.interest.span
-            priority = MANGLE + self.policy.priority
-            chain = self._chain(hook, span, BaseHook(hook, priority))
-            if ports and self.fragments is not None:
-                self._divert(chain, self._fragments_at(hook, self.fragments), span)
-            self._interest(chain, self.whole.interest, "goto classify")
+        """The base chains; several share a chain for the interest."""
+        span = self.policy.interest.span
+        priority = MANGLE + self.policy.priority
+        bases = [self._chain(h, span, BaseHook(h, priority)) for h in self.policy.hooks]
+        chain = bases[0]
+        if len(bases) > 1:
+            chain = self._chain("interest", span)
+            for base in bases:
+                self._rule(base, "goto interest", span)
+        if asks_transport(self.whole.interest) and self.fragments is not None:
+            self._divert(chain, self._fragments_of_interest(chain, self.fragments), span)
+        self._interest(chain, self.whole.interest, "goto classify")
 
     def _interest(self, chain: Chain, interest: ir.Condition, target: str) -> None:
         inside, self.facts = self.facts, Facts(self.policy.hooks)  # nothing is known yet
         self._emit(chain, interest, target, fallback="return")
         self.facts = inside
 
-    def _fragments_at(self, hook: str, fragments: Variant) -> str:
-        """Where later fragments go at a hook whose interest asks for ports."""
+    def _fragments_of_interest(self, chain: Chain, fragments: Variant) -> str:
+        """Where later fragments go, if the interest asks for ports."""
         if is_false(fragments.interest):
             return "return"
-        chain = self._chain(f"{hook}_fragments", self.policy.interest.span)
-        self._interest(chain, fragments.interest, self._fragment_class(fragments))
-        return f"goto {chain.name}"
+        other = self._chain(f"{chain.name}_fragments", self.policy.interest.span)
+        self._interest(other, fragments.interest, self._fragment_class(fragments))
+        return f"goto {other.name}"
 
     def _divert(self, chain: Chain, target: str, span: Span) -> None:
         """Rules that send later fragments elsewhere."""
