@@ -112,7 +112,7 @@ def _variant(policy: ir.Policy, outside: Facts, findings: Findings) -> Variant:
             policy.interest.span,
             help="its fields are and-ed: one of them rules out what another one asks for",
         )
-        interest = FALSE(policy.interest.span)
+        return Variant(facts, FALSE(policy.interest.span), ())
     return Variant(facts, interest, _rules(policy, facts, findings))
 
 
