@@ -9,7 +9,6 @@ RFC 1624, the way the kernel does, so that both give the same bytes.
 """
 
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -231,7 +230,7 @@ class Header:
     """A packet as one writes it: `tcp 10.0.0.1:1000 -> 10.0.0.2:80 flags syn length 60`.
 
     Addresses are (family, integer). `length` is the IP length, at least what the
-    headers need. `extra` is the rest of what `build` takes by name.
+    headers need. ICMP packets are echo requests.
     """
 
     protocol: int
@@ -246,7 +245,6 @@ class Header:
     input: str | None = None
     output: str | None = None
     mark: int = 0
-    extra: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def least_length(self) -> int:
@@ -263,7 +261,7 @@ class Header:
             return ports + struct.pack("!HH", 8 + len(payload), 0) + payload
         if self.protocol in (ICMP, ICMPV6):
             echo = 8 if self.protocol == ICMP else 128
-            return struct.pack("!BBHHH", self.extra.get("type", echo), 0, 0, 1, 1) + payload
+            return struct.pack("!BBHHH", echo, 0, 0, 1, 1) + payload
         if self.protocol in PORT_PROTOCOLS:
             return ports + bytes(8) + payload
         return payload

@@ -1,6 +1,5 @@
 """Packets as written (`tcp 10.0.0.1:1000 -> 10.0.0.2:80 flags syn`) -> packet headers."""
 
-from collections.abc import Callable
 from typing import Any, Final
 
 from itmlang import syntax, values
@@ -104,17 +103,12 @@ def _options(node: syntax.PacketText, protocol: int, findings: Findings) -> dict
             findings.error("E028", "only TCP packets have flags", option.span)
         else:
             found[option.name] = _option(option, type, findings)
-    # The command line's words for the fields of `Header`.
-    rename: dict[str, Callable[[Any], tuple[str, Any]]] = {
-        "in": lambda v: ("input", v),
-        "out": lambda v: ("output", v),
-    }
     tos = found.pop("tos", None) or 0
     dscp, ecn = found.pop("dscp", None), found.pop("ecn", None)
     tos = tos if dscp is None else dscp << 2 | tos & 3
     tos = tos if ecn is None else tos & ~3 | ecn
-    renamed = dict(rename[n](v) if n in rename else (n, v) for n, v in found.items())
-    return {**renamed, "tos": tos}
+    fields = {"in": "input", "out": "output"}  # `in` is a word of Python
+    return {**{fields.get(name, name): value for name, value in found.items()}, "tos": tos}
 
 
 def _option(option: syntax.PacketOption, type: Type, findings: Findings) -> int | str | None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from itmlang import ir
+from itmlang.fields import FIELDS
 from itmlang.packet import Packet
 from itmlang.source import Span
 
@@ -223,8 +224,6 @@ class _Evaluation:
     def _tell_field(self, span: Span, name: str, value: object, result: bool) -> None:
         if self.lines is None:
             return
-        from itmlang.fields import FIELDS
-
         if value is None:
             shown = f"the packet has no {name}"
         else:

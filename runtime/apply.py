@@ -9,6 +9,7 @@ all or nothing; and what is left is a rename.
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from runtime import nft
 from runtime.errors import MachineError, UsageError
 from runtime.nft import NftRefusalError
 from runtime.plan import Plan, Running, plan, record, running
-from runtime.state import Record, State, directory, load, locked
+from runtime.state import Record, State, load, locked
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,8 @@ def apply(compiled: Compiled, *, check: bool = False) -> Applied:
             for table in compiled.ruleset.tables
         ]
         kernel = _kernel()
-        # What somebody else took away by hand is not ours any more.
-        known = store.state
-        _refuse_foreign(compiled, file, known)
-        change = plan(compiled.ruleset, compiled.text, file, records, known, kernel)
+        _refuse_foreign(compiled, file, store.state)
+        change = plan(compiled.ruleset, compiled.text, file, records, store.state, kernel)
         if check:
             _load(change, compiled, check=True)
             return Applied(tuple(r.name for r in records), change.deleted, change.lost)
@@ -61,7 +60,9 @@ def apply(compiled: Compiled, *, check: bool = False) -> Applied:
         renewed = {r.name for r in records} | set(change.rehooked)
         store.commit(prepared, change.state)
         digested = _with_digests(change.state, renewed)
-        store.commit(store.prepare(digested), digested)
+        # The policies are loaded: what fails from here on must not look like a refusal.
+        with suppress(MachineError):
+            store.commit(store.prepare(digested), digested)
     return Applied(tuple(r.name for r in records), change.deleted, change.lost)
 
 
@@ -287,9 +288,3 @@ def flow_counts(name: str) -> dict[str, dict[tuple[Any, ...], tuple[int, int]]]:
                 key = tuple(element["val"])
                 table[key] = (counter.get("packets", 0), counter.get("bytes", 0))
     return found
-
-
-__all__ = [
-    "Applied", "ClassStatus", "FlowStatus", "PolicyStatus",
-    "apply", "directory", "file_key", "flow_counts", "loaded", "remove", "status",
-]  # fmt: skip

@@ -97,7 +97,8 @@ def _list_json(command: str, flags: str = "") -> list[dict[str, Any]]:
     require_rights()
     answer = _in_child(command, f"json {flags}", False)
     if answer.code != 0:
-        raise NftRefusalError((NftError(0, answer.error.strip()),))
+        reason = answer.error.strip().splitlines() or ["no reason given"]
+        raise MachineError(f"nftables cannot list what runs: {reason[0]}", "try again")
     listing: list[dict[str, Any]] = json.loads(answer.output)["nftables"] if answer.output else []
     return listing
 

@@ -13,7 +13,7 @@ from itmlang.diagnostics import CompileError
 from itmlang.pipeline import Compiled, compile
 from itmlang.source import Source
 from runtime import apply as runtime_apply
-from runtime import nft
+from runtime import nft, state
 from runtime.errors import MachineError, UsageError
 from runtime.traffic import Namespace, TrafficError
 from tests.support.needs import unavailable
@@ -172,6 +172,21 @@ def test_a_refusal_is_shown_at_the_policys_line_and_changes_nothing(host):
     assert runtime_apply.status()[0].drift is False
 
 
+def test_what_fails_after_loading_is_no_refusal(host, monkeypatch):
+    prepare, calls = state.Store.prepare, []
+
+    def full_the_second_time(store, wanted):
+        calls.append(wanted)
+        if len(calls) == 2:
+            raise MachineError("no space left")
+        return prepare(store, wanted)
+
+    monkeypatch.setattr(state.Store, "prepare", full_the_second_time)
+    assert runtime_apply.apply(policy(MARK.format(name="m", priority=0, dscp=1))).loaded == ("m",)
+    assert len(calls) == 2
+    assert (last_dscp(), [s.state for s in runtime_apply.loaded()]) == (1, ["on"])
+
+
 def test_other_tables_are_left_alone(host):
     nft.load("table inet theirs {\n\tcounter kept {\n\t\tpackets 3 bytes 4\n\t}\n}\n")
     before = nft.table_text("theirs")
@@ -221,7 +236,7 @@ def test_an_unusable_state_folder_changes_nothing(host, tmp_path, monkeypatch):
 def test_a_damaged_state_file_changes_nothing(host, content):
     compiled = policy(MARK.format(name="m", priority=0, dscp=1))
     runtime_apply.apply(compiled)
-    path = runtime_apply.directory() / "state.json"
+    path = state.directory() / "state.json"
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(MachineError, match="cannot be read"):
         runtime_apply.apply(policy(MARK.format(name="m", priority=0, dscp=2)))
