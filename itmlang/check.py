@@ -1,25 +1,26 @@
-"""Syntax tree -> checked policies: names, types, units, conflicts.
+"""Instances -> checked policies: names, types, units, conflicts.
 
-Each policy is checked by itself, statement by statement; all errors are
+Each instance is checked by itself, statement by statement; all errors are
 collected. What comes out is `ir.Policy`, in which nothing can be wrong any more
 but what only the simplifier (can it ever match?) or the kernel can tell.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final, TypeVar
 
 from itmlang import ir, syntax, values
 from itmlang.actions import ACTIONS, Action
+from itmlang.actions.drop import Drop
 from itmlang.conditions import Conditions, flow_tests
 from itmlang.diagnostics import Findings, did_you_mean
-from itmlang.evaluate import Parameter, Scope, single, value_set
-from itmlang.fields import FIELDS, HOOKS, INTEREST_FIELDS, Field
-from itmlang.source import Span
-from itmlang.values import PARAMETER_TYPES
+from itmlang.evaluate import Parameter, Scope, one_address, single, value_set
+from itmlang.fields import EGRESS, FIELDS, HOOKS, INGRESS, INTEREST_FIELDS, Field, hook_kind
+from itmlang.rates import advice, fits, period
+from itmlang.resolve import DEFAULT_SIZE, Instance, Program, size_options
+from itmlang.values import PARAMETER_TYPES, Names, Type, ValueSet
 
 DEFAULT_TIMEOUT: Final = 5 * 60_000
-DEFAULT_SIZE: Final = 65_536
 # nft allows 255 characters; with the prefixes of generated names this is plenty.
 LONGEST_NAME: Final = 64
 # nft packs the types of a key into 32 bits, six for each field; the kernel has
@@ -27,85 +28,128 @@ LONGEST_NAME: Final = 64
 MOST_KEY_FIELDS: Final = 5
 LARGEST_KEY: Final = 64
 HIGHEST_PRIORITY: Final = 1_000_000
+# NF_LOG_PREFIXLEN, include/net/netfilter/nf_log.h, with its end and our blank.
+LONGEST_PREFIX: Final = 126
+# What `limit` and `record` have where the policy says nothing.
+DEFAULT_BURST: Final = 5
+DEFAULT_RECORDS: Final = (10, 1)
+DEFAULT_GROUP: Final = 1
+FULL_PACKET: Final = 1500  # bytes, as an Ethernet carries them
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+# Words of the language that later versions will know as actions.
+_LATER: Final = frozenset({"call", "encapsulate", "decapsulate", "route", "send", "proxy"})
 
 Node = TypeVar("Node", bound=syntax.Statement)
 
 
-def check(file: syntax.File, findings: Findings) -> tuple[ir.Policy, ...]:
-    """The policies of a file that are to be loaded, in the file's order.
+def check(program: Program, findings: Findings) -> tuple[ir.Policy, ...]:
+    """The policies that are to be loaded, in order.
 
-    A policy with a parameter that has no value is a template: it is checked, but
-    not loaded. Errors and warnings go to `findings`; policies with errors are
-    left out.
+    Errors and warnings go to `findings`; policies with errors are left out.
     """
-    checked, seen = [], dict[str, Span]()
-    for node in file.policies:
-        if node.name.text in seen:
-            findings.error(
-                "E012",
-                f"there are two policies named `{node.name.text}`",
-                node.name.span,
-                notes=(("the first one is here", seen[node.name.text]),),
-            )
-            continue
-        seen[node.name.text] = node.name.span
-        policy = _Check(node, findings).policy()
-        if policy is not None:
-            checked.append(policy)
-    if file.policies and not checked and not findings.failed:
-        findings.error(
-            "E014",
-            "no policy here can be loaded: each has a parameter without a value",
-            file.policies[0].name.span,
-            help="give each parameter a default: `name: type = value`",
-        )
-    return tuple(checked)
+    checked = [check_instance(one, program.sets, findings) for one in program.instances]
+    for policy in program.templates:
+        check_instance(Instance(policy.name, policy), program.sets, findings)
+    policies = tuple(policy for policy in checked if policy is not None)
+    if not findings.failed:
+        _check_sets(program, policies, findings)
+    return policies
+
+
+def check_instance(
+    instance: Instance, sets: Mapping[str, ir.AnySet], findings: Findings
+) -> ir.Policy | None:
+    """One instance of a policy, None if something is wrong with it."""
+    if instance.use is None:
+        return _Check(instance, sets, findings).policy()
+    with findings.because(f"`{instance.name.text}` uses it here", instance.use.span):
+        return _Check(instance, sets, findings).policy()
+
+
+def _check_sets(program: Program, policies: Iterable[ir.Policy], findings: Findings) -> None:
+    """Warn about sets that are asked but never filled; refuse what no table can share."""
+    standing: dict[ir.LearnedSet, ir.Policy] = {}
+    for policy in policies:
+        for one in policy.learned:
+            other = standing.setdefault(one, policy)
+            if _egress(policy) != _egress(other):
+                findings.error(
+                    "E016", f"`{policy.name}` and `{other.name}` cannot share `@{one.name}`: "
+                    "nftables has egress in tables of another family", policy.span,
+                    help="let one policy at postrouting do what the one at egress does",
+                )  # fmt: skip
+    filled = {c.set for p in policies for c in p.updates if isinstance(c, ir.Addition)}
+    for policy in policies:
+        for leaf in (leaf for c in policy.conditions for leaf in ir.leaves(c)):
+            if isinstance(leaf, ir.Member) and leaf.set not in filled:
+                findings.warning(
+                    "W012", f"nothing is ever added to `@{leaf.set.name}`", leaf.span,
+                    help=f"some policy's `update` should `add … to @{leaf.set.name}`",
+                )  # fmt: skip
+
+
+def _egress(policy: ir.Policy) -> bool:
+    return any(hook_kind(hook) == EGRESS for hook in policy.hooks)
 
 
 class _Check:
     """The check of one policy."""
 
-    def __init__(self, node: syntax.Policy, findings: Findings) -> None:
-        self.node = node
+    def __init__(
+        self, instance: Instance, sets: Mapping[str, ir.AnySet], findings: Findings
+    ) -> None:
+        self.instance = instance
+        self.node = instance.policy
         self.findings = findings
-        self.scope = Scope()
+        self.scope = Scope(sets)
         self.flows: dict[str, ir.Flow] = {}
+        self.at = self.node.name.span  # where the hooks are
+        self.asked: set[str] = set()  # flows of which something is asked
+        self.limited: set[str] = set()  # flows that a limit keeps buckets for
 
     def policy(self) -> ir.Policy | None:
         errors_before = len(self.findings.diagnostics)
         self._name(self.node.name)
+        self._name(self.instance.name)
         complete = self._parameters()
         hooks = self._hooks()
-        conditions = Conditions(hooks, self.flows, self.scope, self.findings)
         priority = self._priority()
+        conditions = Conditions(hooks, self.flows, self.scope, self.findings, priority)
         interest = self._interest(conditions)
         for flow in self._all(syntax.Flow):
             self._flow(flow, conditions)
         rules = self._rules(conditions)
-        counts = self._counts()
-        process = self._process({rule.name for rule in rules})
+        counts, notes = self._log(conditions)
+        process = self._process({rule.name for rule in rules}, hooks, conditions)
+        updates = self._updates(conditions)
         self._placement()
-        self._unused(rules, counts)
-        errors = self.findings.diagnostics[errors_before:]
-        if not complete or any(d.is_error for d in errors):
+        self._unused(counts, complete and not self._failed(errors_before))
+        if not complete or self._failed(errors_before):
             return None
         return ir.Policy(
-            name=self.node.name.text,
+            name=self.instance.name.text,
             hooks=hooks,
+            at=self.at,
             priority=priority,
             interest=interest,
             flows=tuple(self.flows.values()),
             rules=rules,
             counts=counts,
+            notes=notes,
             process=process,
-            span=self.node.span,
+            updates=updates,
+            span=self.instance.use.span if self.instance.use is not None else self.node.span,
             parameters={
-                p.name.text: p.default.span.text
+                p.name.text: value.span.text
                 for p in self.node.parameters
-                if p.default is not None
+                if (value := self._value_of(p)) is not None
             },
         )
+
+    def _failed(self, before: int) -> bool:
+        """Was an error found since there were `before` findings?"""
+        return any(d.is_error for d in self.findings.diagnostics[before:])
 
     # Statements of a kind.
 
@@ -113,8 +157,14 @@ class _Check:
         return [s for s in self.node.statements if isinstance(s, kind)]
 
     def _one(self, kind: type[Node], keyword: str) -> Node | None:
-        """The policy's only statement of a kind."""
-        found = self._all(kind)
+        """The policy's only statement of a kind; that of a `use` is in place of it."""
+        if self.instance.use is not None and kind in (syntax.At, syntax.Priority):
+            own = [s for s in self.instance.use.statements if isinstance(s, kind)]
+            if own:
+                return self._first(own, keyword)
+        return self._first(self._all(kind), keyword)
+
+    def _first(self, found: list[Node], keyword: str) -> Node | None:
         for extra in found[1:]:
             self.findings.error(
                 "E013",
@@ -154,10 +204,14 @@ class _Check:
 
     # Head.
 
+    def _value_of(self, parameter: syntax.Parameter) -> syntax.Value | None:
+        return self.instance.arguments.get(parameter.name.text, parameter.default)
+
     def _parameters(self) -> bool:
         """Fill the scope; False if a parameter has no value."""
         complete = True
         self._new_names((p.name for p in self.node.parameters), "parameters")
+        outside = Scope(self.scope.sets)
         for node in self.node.parameters:
             type = PARAMETER_TYPES.get(node.type.text)
             if type is None:
@@ -168,19 +222,65 @@ class _Check:
                     help=did_you_mean(node.type.text, PARAMETER_TYPES),
                 )
                 continue
-            found = None
-            if node.default is None:
-                complete = False
-                self.findings.warning(
-                    "W007",
-                    f"`{self.node.name.text}` is not loaded: `{node.name.text}` has no value",
-                    node.span,
-                    help=f"give it a default: `{node.name.text}: {type.name} = …`",
-                )
-            else:
-                found = value_set(node.default, type, Scope(), self.findings)
-            self.scope.parameters[node.name.text] = Parameter(type, found)
+            value = self._value_of(node)
+            complete = complete and value is not None
+            given = [v for v in (node.default, value) if v is not None]
+            found, named = None, None
+            for one in dict.fromkeys(given):  # a default is checked, used or not
+                named = outside.named_set(one)
+                if isinstance(named, ir.LearnedSet):
+                    found = None
+                    named = self._learned_argument(node, type, one, named)
+                else:
+                    found = value_set(one, type, outside, self.findings)
+                    named = named if found is not None else None
+                    self._within_bounds(node, type, one, found, outside)
+            self.scope.parameters[node.name.text] = Parameter(type, found, named)
         return complete
+
+    def _learned_argument(
+        self, node: syntax.Parameter, type: Type, value: syntax.Value, named: ir.LearnedSet
+    ) -> ir.LearnedSet | None:
+        """The set if it can be the parameter's value, None after an error."""
+        if named.type.name != type.name:
+            self.findings.error(
+                "E038", f"`@{named.name}` holds {named.type.name} values, "
+                f"but `{node.name.text}` is {type.article} {type.name}", value.span,
+            )  # fmt: skip
+        elif node.bounds is not None:
+            self.findings.error(
+                "E039", f"`{node.name.text}` has bounds, and nobody knows what "
+                f"`@{named.name}` will learn", value.span,
+                notes=(("its bounds are here", node.bounds.span),),
+            )  # fmt: skip
+        else:
+            return named
+        return None
+
+    def _within_bounds(
+        self,
+        node: syntax.Parameter,
+        type: Type,
+        value: syntax.Value,
+        found: ValueSet | None,
+        scope: Scope,
+    ) -> None:
+        if node.bounds is None:
+            return
+        bounds = value_set(node.bounds, type, scope, self.findings)
+        if found is None or bounds is None:
+            return
+        if isinstance(found, Names):
+            self.findings.error(
+                "E039", "the values of an interface have no bounds", node.bounds.span
+            )
+        elif values.intersection(found, bounds) != found:
+            self.findings.error(
+                "E039",
+                f"`{node.name.text}` is {value.span.text}, outside of {node.bounds.span.text}",
+                value.span,
+                notes=(("its bounds are here", node.bounds.span),),
+            )
 
     def _hooks(self) -> tuple[str, ...]:
         node = self._one(syntax.At, "at")
@@ -192,25 +292,44 @@ class _Check:
                 help="add a line such as `at postrouting`",
             )
             return ()
+        self.at = node.span
         hooks: list[str] = []
         for hook in node.hooks:
-            word = hook.text.split()[0]
-            if word in ("ingress", "egress"):
+            kind, _, device = hook.text.partition(" ")
+            if kind not in (INGRESS, *HOOKS, EGRESS):
                 self.findings.error(
-                    "E016", f"policies at `{word}` are not supported yet", hook.span,
-                    help="prerouting and postrouting see the same packets",
+                    "E010", f"there is no hook `{kind}`", hook.span,
+                    help=did_you_mean(kind, (INGRESS, *HOOKS, EGRESS)),
                 )  # fmt: skip
-            elif hook.text not in HOOKS:
-                self.findings.error(
-                    "E010", f"there is no hook `{hook.text}`", hook.span,
-                    help=did_you_mean(hook.text, HOOKS),
-                )  # fmt: skip
+            elif device and kind not in (INGRESS, EGRESS):
+                self.findings.error("E016", f"{kind} is a hook of all devices", hook.span)
             elif hook.text in hooks:
                 self.findings.error("E012", f"`{hook.text}` is named twice", hook.span)
+            elif kind in (INGRESS, EGRESS):
+                hooks += [hook.text] if self._device(hook, kind, device.strip('"')) else []
             else:
                 hooks.append(hook.text)
+        if len(hooks) > 1 and any(hook_kind(hook) == EGRESS for hook in hooks):
+            self.findings.error(
+                "E016", "egress stands alone: nftables has it in tables of another family",
+                node.span, help="write a policy of its own for egress, or use postrouting",
+            )  # fmt: skip
         # In the order in which a packet meets them.
-        return tuple(h for h in HOOKS if h in hooks)
+        order = (INGRESS, *HOOKS, EGRESS)
+        return tuple(sorted(hooks, key=lambda hook: order.index(hook_kind(hook))))
+
+    def _device(self, hook: syntax.Name, kind: str, device: str) -> bool:
+        if not device:
+            self.findings.error(
+                "E016", f"{kind} needs a device", hook.span, help=f'write `{kind} "eth0"`'
+            )
+            return False
+        found = value_set(
+            syntax.Text(hook.span, device), values.INTERFACE, self.scope, self.findings
+        )
+        if found is not None and device.endswith("*"):
+            self.findings.error("E016", f"{kind} is of one device, not of a pattern", hook.span)
+        return found is not None
 
     def _priority(self) -> int:
         node = self._one(syntax.Priority, "priority")
@@ -229,18 +348,30 @@ class _Check:
 
     def _interest(self, conditions: Conditions) -> ir.And:
         node = self._one(syntax.Interest, "interest")
+        terms = self._interest_terms(node, conditions)
+        use = self.instance.use
+        if use is not None:
+            own = [s for s in use.statements if isinstance(s, syntax.Interest)]
+            # Of the place where it is written, so without the template's parameters.
+            sets = Scope(self.scope.sets)
+            outside = Conditions(conditions.hooks, {}, sets, self.findings, conditions.priority)
+            terms += self._interest_terms(self._first(own, "interest"), outside)
+            node = node or next(iter(own), None)
+        return ir.And(tuple(terms), node.span if node is not None else self.node.name.span)
+
+    def _interest_terms(
+        self, node: syntax.Interest | None, conditions: Conditions
+    ) -> list[ir.Condition]:
         terms: list[ir.Condition] = []
         known = {name: FIELDS[name] for name in INTEREST_FIELDS}
         for line in node.lines if node is not None else ():
             field = conditions.field(line.field, known)
             if field is None or not conditions.met(field, line.field.span):
                 continue
-            found = value_set(line.value, field.type, self.scope, self.findings)
-            if found is None:
-                continue
-            test = ir.Test(field, found, line.field.span.to(line.value.span))
-            terms.append(ir.Not(test, line.span) if line.excluded else test)
-        return ir.And(tuple(terms), node.span if node is not None else self.node.name.span)
+            test = conditions.test(field, line.value, line.field.span.to(line.value.span))
+            if test is not None:
+                terms.append(ir.Not(test, line.span) if line.excluded else test)
+        return terms
 
     # Flows.
 
@@ -276,20 +407,11 @@ class _Check:
                 node.key[0].span.to(node.key[-1].span),
                 help="addresses and interfaces take 16 bytes, all other fields 4",
             )
-        timeout, size = self._flow_options(node)
-        self.flows[node.name.text] = ir.Flow(node.name.text, tuple(key), timeout, size, node.span)
-
-    def _flow_options(self, node: syntax.Flow) -> tuple[int, int]:
-        given: dict[str, int] = {}
-        for option in node.options:
-            type = values.DURATION if option.name == "timeout" else values.NUMBER
-            if option.name in given:
-                self.findings.error("E012", f"`{option.name}` is given twice", option.span)
-            value = single(option.value, type, self.scope, self.findings)
-            if value == 0:
-                self.findings.error("E023", f"`{option.name}` cannot be 0", option.value.span)
-            given[option.name] = value or 1
-        return given.get("timeout", DEFAULT_TIMEOUT), given.get("max", DEFAULT_SIZE)
+        given = size_options(node.options, self.scope, self.findings)
+        self.flows[node.name.text] = ir.Flow(
+            node.name.text, tuple(key), given.get("timeout", DEFAULT_TIMEOUT),
+            given.get("max", DEFAULT_SIZE), node.span,
+        )  # fmt: skip
 
     # The sections.
 
@@ -309,6 +431,7 @@ class _Check:
             condition = None
             if rule.condition is not None:
                 condition = conditions.condition(rule.condition)
+                self.asked |= {test.flow.name for test in flow_tests(condition)}
                 if condition is None:
                     # Kept, so that `process` is checked against all the names.
                     condition = ir.Or((), rule.span)
@@ -318,60 +441,230 @@ class _Check:
                 otherwise = made
         return tuple(rules)
 
-    def _counts(self) -> tuple[ir.Count, ...]:
+    def _log(
+        self, conditions: Conditions
+    ) -> tuple[tuple[ir.Count, ...], tuple[ir.Sample | ir.Record, ...]]:
         node = self._one(syntax.Log, "log")
         counts: dict[str, ir.Count] = {}
-        for count in node.counts if node is not None else ():
-            flow = self.flows.get(count.flow.text)
-            if flow is None:
-                self.findings.error(
-                    "E010", f"there is no flow `{count.flow.text}`", count.flow.span,
-                    help=did_you_mean(count.flow.text, self.flows),
-                )  # fmt: skip
-            elif flow.name in counts:
-                self.findings.error("E012", f"`{flow.name}` is counted twice", count.span)
-            else:
-                counts[flow.name] = ir.Count(flow, count.span)
-        return tuple(counts.values())
+        notes: list[ir.Sample | ir.Record] = []
+        for entry in node.entries if node is not None else ():
+            match entry:
+                case syntax.Count():
+                    flow = self._known_flow(entry.flow)
+                    if flow is not None and flow.name in counts:
+                        self.findings.error("E012", f"`{flow.name}` is counted twice", entry.span)
+                    elif flow is not None:
+                        counts[flow.name] = ir.Count(flow, entry.span)
+                case syntax.Sample():
+                    notes += self._sample(entry)
+                case syntax.Record():
+                    notes += self._record(entry, conditions)
+        return tuple(counts.values()), tuple(notes)
 
-    def _process(self, classes: set[str]) -> dict[str, tuple[ir.Step, ...]]:
+    def _known_flow(self, name: syntax.Name) -> ir.Flow | None:
+        flow = self.flows.get(name.text)
+        if flow is None:
+            self.findings.error(
+                "E010", f"there is no flow `{name.text}`", name.span,
+                help=did_you_mean(name.text, self.flows)
+                or f"declare it, as in `flow {name.text} by saddr`",
+            )  # fmt: skip
+        return flow
+
+    def _sample(self, node: syntax.Sample) -> list[ir.Sample]:
+        one = single(node.one, values.NUMBER, self.scope, self.findings)
+        many = single(node.many, values.NUMBER, self.scope, self.findings)
+        group = DEFAULT_GROUP
+        if node.group is not None:
+            given = single(node.group, values.NUMBER, self.scope, self.findings)
+            if given is not None and given > 65_535:
+                self.findings.error("E023", "the greatest group is 65535", node.group.span)
+            group = given or 0
+        if one is None or many is None:
+            return []
+        if one != 1 or many == 0:
+            self.findings.error(
+                "E023", "a sample is one packet of so many", node.span,
+                help="write `sample 1 in 1000`",
+            )  # fmt: skip
+            return []
+        return [ir.Sample(many, group, node.span)]
+
+    def _record(self, node: syntax.Record, conditions: Conditions) -> list[ir.Record]:
+        text = node.prefix.text
+        amount, seconds = DEFAULT_RECORDS
+        if node.rate is not None:
+            rate = conditions.rate(node.rate)
+            if rate is None:
+                return []
+            if rate[0] is not values.PACKET_RATE:
+                self.findings.error(
+                    "E020", "records are counted, not measured: write `at most 10/s`",
+                    node.rate.span,
+                )  # fmt: skip
+                return []
+            amount, seconds, _ = period(rate[1], False)
+        prefix = text if text.endswith(" ") else text + " "
+        if not text or len(prefix.encode()) > LONGEST_PREFIX or not prefix.isprintable():
+            self.findings.error(
+                "E045", f"the prefix needs 1 to {LONGEST_PREFIX - 1} printable characters",
+                node.prefix.span,
+            )  # fmt: skip
+            return []
+        if "$" in text:
+            self.findings.error(
+                "E045", "nftables would take `$` for the beginning of a variable's name",
+                node.prefix.span,
+            )  # fmt: skip
+            return []
+        return [ir.Record(prefix, amount, seconds, node.span)]
+
+    def _process(
+        self, classes: set[str], hooks: tuple[str, ...], conditions: Conditions
+    ) -> dict[str, ir.Steps]:
         node = self._one(syntax.Process, "process")
         blocks = node.blocks if node is not None else ()
         self._new_names((block.name for block in blocks), "blocks")
-        process: dict[str, tuple[ir.Step, ...]] = {}
+        process: dict[str, ir.Steps] = {}
         for block in blocks:
             if block.name.text not in classes:
                 self.findings.error(
                     "E010", f"there is no class `{block.name.text}`", block.name.span,
                     help=did_you_mean(block.name.text, classes),
                 )  # fmt: skip
-            steps = tuple(
-                ir.Step(action, use.span)
-                for use in block.actions
-                if (action := self._action(use)) is not None
-            )
-            self._after_verdict(steps)
-            process[block.name.text] = steps
+            process[block.name.text] = self._steps(block.actions, hooks, conditions)
         return process
 
-    def _action(self, node: syntax.Action) -> Action | None:
+    def _steps(
+        self,
+        nodes: Iterable[syntax.Action | syntax.Limit],
+        hooks: tuple[str, ...],
+        conditions: Conditions,
+    ) -> ir.Steps:
+        steps: list[ir.Step | ir.Limit] = []
+        for node in nodes:
+            if isinstance(node, syntax.Limit):
+                limit = self._limit(node, hooks, conditions)
+                steps += [limit] if limit is not None else []
+            else:
+                action = self._action(node, hooks)
+                steps += [ir.Step(action, node.span)] if action is not None else []
+        self._after_verdict(steps)
+        return tuple(steps)
+
+    def _limit(
+        self, node: syntax.Limit, hooks: tuple[str, ...], conditions: Conditions
+    ) -> ir.Limit | None:
+        otherwise: ir.Steps
+        if node.otherwise is None:
+            otherwise = (ir.Step(Drop(), node.span),)
+        else:
+            otherwise = self._steps(node.otherwise, hooks, conditions)
+        flow = None
+        if node.flow is not None:
+            flow = self._known_flow(node.flow)
+            if flow is None:
+                return None
+            self.limited.add(flow.name)
+        rate = conditions.rate(node.rate)
+        if rate is None:
+            return None
+        in_bytes = rate[0] is values.RATE
+        if in_bytes and not conditions.weighed(node.rate.span):
+            return None
+        amount, seconds, _ = period(rate[1], in_bytes)
+        burst: int | None = 0 if in_bytes else DEFAULT_BURST
+        if node.burst is not None:
+            type = values.BYTES if in_bytes else values.PACKETS
+            burst = single(node.burst, type, self.scope, self.findings)
+            if burst == 0 and not in_bytes:
+                self.findings.error("E023", "a burst of 0 lets nothing through", node.burst.span)
+        if burst is None:
+            return None
+        if not fits(amount, seconds, burst, in_bytes):
+            self.findings.error(
+                "E042", f"the kernel cannot limit to `{node.rate.span.text}`"
+                + (" with this burst" if node.burst is not None else ""), node.span,
+                help=advice(amount, seconds, burst, in_bytes),
+            )  # fmt: skip
+            return None
+        if in_bytes and amount + burst < FULL_PACKET:
+            self.findings.warning(
+                "W013", f"no packet of more than {amount + burst} bytes passes this limit",
+                node.span, help=f"a larger burst mends that: `burst {FULL_PACKET} bytes`",
+            )  # fmt: skip
+        return ir.Limit(amount, seconds, in_bytes, burst, flow, otherwise, node.span)
+
+    def _action(self, node: syntax.Action, hooks: tuple[str, ...]) -> Action | None:
         kind = next((a for a in ACTIONS if a.words == node.words), None)
         if kind is None:
             written = " ".join(node.words)
             known = [" ".join(a.words) for a in ACTIONS]
+            later = node.words[0] in _LATER
             self.findings.error(
-                "E010", f"there is no action `{written}`", node.span,
-                help=did_you_mean(written, known),
+                "E010",
+                f"`{written}` is not in this version yet" if later
+                else f"there is no action `{written}`", node.span,
+                help="" if later else did_you_mean(written, known),
             )  # fmt: skip
             return None
+        for hook in hooks:
+            if hook_kind(hook) not in kind.hooks:
+                self.findings.error(
+                    "E037", f"`{' '.join(kind.words)}` cannot stand at {hook}: {kind.why}",
+                    node.span, help=f"it can at {', '.join(kind.hooks)}",
+                )  # fmt: skip
+                return None
         if kind.operand is None or node.value is None:
             return kind()
-        value = single(node.value, kind.operand, self.scope, self.findings)
-        return None if value is None else kind(value)
+        value: object
+        if kind.operand is values.ADDRESS:
+            value = one_address(node.value, self.scope, self.findings)
+        else:
+            value = single(node.value, kind.operand, self.scope, self.findings)
+        if value is None:
+            return None
+        action = kind(value)
+        if action.refusal():
+            self.findings.error("E023", action.refusal(), node.value.span)
+            return None
+        return action
 
-    def _after_verdict(self, steps: tuple[ir.Step, ...]) -> None:
+    # Updates.
+
+    def _updates(self, conditions: Conditions) -> tuple[ir.Addition | ir.Removal, ...]:
+        node = self._one(syntax.Update, "update")
+        updates: list[ir.Addition | ir.Removal] = []
+        for change in node.changes if node is not None else ():
+            condition = None
+            if change.condition is not None:
+                condition = conditions.condition(change.condition)
+            known = {name: field for name, field in FIELDS.items() if field.compared}
+            field = conditions.field(change.field, known)
+            if field is None or not conditions.met(field, change.field.span):
+                continue
+            learned = conditions.learned(change.set, field)
+            if learned is None or (condition is None and change.condition is not None):
+                continue
+            if isinstance(change, syntax.Removal):
+                updates.append(ir.Removal(field, learned, condition, change.span))
+                continue
+            timeout = None
+            if change.duration is not None:
+                timeout = single(change.duration, values.DURATION, self.scope, self.findings)
+                if timeout == 0:
+                    self.findings.error(
+                        "E023", "an element for 0 is gone at once", change.duration.span
+                    )
+            updates.append(ir.Addition(field, learned, timeout, condition, change.span))
+        self.asked |= {
+            test.flow.name for update in updates for test in flow_tests(update.condition)
+        }
+        return tuple(updates)
+
+    def _after_verdict(self, steps: list[ir.Step | ir.Limit]) -> None:
         for index, step in enumerate(steps[:-1]):
-            if step.action.verdict:
+            if isinstance(step, ir.Step) and step.action.verdict:
                 self.findings.error(
                     "E033",
                     f"nothing can follow `{step.action}`",
@@ -401,20 +694,23 @@ class _Check:
 
     # Warnings about names.
 
-    def _unused(self, rules: tuple[ir.ClassRule, ...], counts: tuple[ir.Count, ...]) -> None:
+    def _unused(self, counts: tuple[ir.Count, ...], sound: bool) -> None:
         for parameter in self.node.parameters:
             if parameter.name.text not in self.scope.used:
                 self.findings.warning(
                     "W002", f"the parameter `{parameter.name.text}` is never used", parameter.span
                 )
-        counted = {count.flow.name for count in counts}
-        asked = {test.flow.name for rule in rules for test in flow_tests(rule.condition)}
+        counted = {count.flow.name: count for count in counts}
         for name, flow in self.flows.items():
-            if name not in counted:
+            if name not in counted and name not in self.limited:
                 self.findings.warning(
                     "W003",
                     f"the flow `{name}` is never counted"
-                    + (", so what is asked of it stays 0" if name in asked else ""),
+                    + (", so what is asked of it stays 0" if name in self.asked else ""),
                     flow.span,
                     help=f"add `log {{ count {name} }}`",
+                )
+            elif name in counted and name not in self.asked and sound:
+                self.findings.warning(
+                    "W010", f"the flow `{name}` is counted but never asked", counted[name].span
                 )

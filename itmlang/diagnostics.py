@@ -5,8 +5,9 @@ at its end. Nothing in the compiler prints; `render` gives the text of one
 diagnostic and the command line decides where it goes.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
 from itmlang.source import Span
@@ -49,12 +50,22 @@ class CompileError(Exception):
 class Findings:
     """The diagnostics of one compilation, in the order they were found."""
 
-    _found: dict[Diagnostic, None] = field(default_factory=dict)
+    _found: dict[tuple[str, str, Span | None], Diagnostic] = field(default_factory=dict)
     _errors: int = 0
+    _reason: tuple[str, Span] | None = None
 
     @property
     def diagnostics(self) -> tuple[Diagnostic, ...]:
-        return tuple(self._found)
+        return tuple(self._found.values())
+
+    @contextmanager
+    def because(self, text: str, span: Span) -> Iterator[None]:
+        """Errors that are found inside, but not within the span, get this note."""
+        self._reason = text, span
+        try:
+            yield
+        finally:
+            self._reason = None
 
     def error(
         self,
@@ -72,9 +83,14 @@ class Findings:
 
     def add(self, diagnostic: Diagnostic) -> None:
         """Record a finding; the same one at the same place is said once."""
-        if diagnostic in self._found:
+        key = diagnostic.code, diagnostic.message, diagnostic.span
+        if key in self._found:
             return
-        self._found[diagnostic] = None
+        if self._reason is not None and diagnostic.is_error:
+            within, span = self._reason[1], diagnostic.span
+            if span is not None and not within.contains(span):
+                diagnostic = replace(diagnostic, notes=(*diagnostic.notes, self._reason))
+        self._found[key] = diagnostic
         self._errors += diagnostic.is_error
         if self._errors >= MOST_ERRORS:
             note = Diagnostic("E099", f"stopped after {MOST_ERRORS} errors", diagnostic.span)
@@ -96,6 +112,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if len(name) > LONGEST_GUESS:
         return ""
     near = get_close_matches(name, names, n=1, cutoff=0.6)
+    near = near or get_close_matches(name.lower(), names, n=1, cutoff=0.6)
     if near:
         return f"did you mean `{near[0]}`?"
     if names and len(names) <= 12:

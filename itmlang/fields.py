@@ -10,13 +10,23 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from itmlang import values
-from itmlang.packet import PORT_PROTOCOLS, TCP, Packet
+from itmlang.packet import ICMP, ICMPV6, PORT_PROTOCOLS, TCP, Packet
 from itmlang.values import IPV4, IPV6, Type
 
+# Those with a device of their own stand around the others.
+INGRESS, EGRESS = "ingress", "egress"
 HOOKS: Final = ("prerouting", "input", "forward", "output", "postrouting")
 ANY_FAMILY: Final = 0
+# Connection tracking comes at these hooks, at this priority of a policy (-200 in nftables).
+TRACKING_HOOKS: Final = ("prerouting", "output")
+TRACKING: Final = -50
 
 Value = int | tuple[int, int] | str
+
+
+def hook_kind(hook: str) -> str:
+    """The hook without its device: `ingress "eth0"` is an ingress."""
+    return hook.partition(" ")[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +47,9 @@ class Field:
     get: Callable[[Packet], Value | None]
     nft: Mapping[int, str]
     protocols: frozenset[int] | None = None
-    hooks: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(HOOKS, "all"))
+    hooks: Mapping[str, str] = field(
+        default_factory=lambda: dict.fromkeys((INGRESS, *HOOKS, EGRESS), "all")
+    )
     whole: bool = True
     present: str = ""
     covers: tuple[str, ...] = ()  # fields that are there whenever this one is
@@ -46,10 +58,18 @@ class Field:
     datatype: str = ""  # nftables' name for the field's type in a key; ip_addr by family
     nft_names: Mapping[int, str] = field(default_factory=dict)
     nft_format: str = "d"
+    says_protocol: bool = False  # nft itself tests the protocol before it loads the field
+    listed: bool = False  # its values are names that stand in no range
+    tracked: bool = False  # it is what connection tracking says of the packet
 
-    def families(self) -> tuple[int, ...]:
-        """ANY_FAMILY alone, or the families that spell the field differently."""
-        return tuple(self.nft)
+    @property
+    def by_family(self) -> bool:
+        """Do the families spell the field differently, or has only one of them the field?"""
+        return ANY_FAMILY not in self.nft
+
+    def in_family(self, family: int) -> bool:
+        """Can packets of the family have the field?"""
+        return ANY_FAMILY in self.nft or family in self.nft or not self.nft
 
     def key_type(self, family: int) -> str:
         """The type of the field in a set's key, as nftables lists it."""
@@ -81,10 +101,12 @@ _NFT_PROTOCOLS: Final = {1: "icmp", 6: "tcp", 17: "udp", 33: "dccp", 47: "gre", 
 _NFT_DSCP: Final = {v: n for n, v in values.DSCP.names.items() if n[:2] in ("cs", "af", "ef")}
 
 
-def _connection_number(packet: Packet) -> int | None:
-    """A number for the packet's connection, as `ct id` is one: 32 bits, the same both ways."""
-    connection = packet.connection
-    return None if connection is None else hash(connection) & 0xFFFFFFFF
+# Those of the language's names that nft 1.0.6 has, too.
+_NFT_ICMP: Final = {v: n for n, v in values.ICMP_TYPE.names.items()}
+_NFT_ICMPV6: Final = {
+    v: n for n, v in values.ICMPV6_TYPE.names.items() if v < 5 or n.startswith("echo")
+}
+_TRACKED: Final = dict.fromkeys(HOOKS, "all")
 
 
 FIELDS: Final[Mapping[str, Field]] = {
@@ -120,11 +142,11 @@ FIELDS: Final[Mapping[str, Field]] = {
             # Where there is no interface, nftables loads an empty name instead of
             # breaking off the rule: hence the index, which is 0 then.
             "in", values.INTERFACE, lambda p: p.input, _one("iifname"), present="iif != 0", datatype="ifname",
-            hooks={"prerouting": "all", "input": "all", "forward": "all", "postrouting": "some"},
+            hooks={INGRESS: "all", "prerouting": "all", "input": "all", "forward": "all", "postrouting": "some"},
         ),
         Field(
             "out", values.INTERFACE, lambda p: p.output, _one("oifname"), datatype="ifname",
-            hooks={"forward": "all", "output": "all", "postrouting": "all"},
+            hooks={"forward": "all", "output": "all", "postrouting": "all", EGRESS: "all"},
         ),
         Field("length", values.LENGTH, lambda p: p.length, _one("meta length"), key=False),
         Field("ttl", values.OCTET, lambda p: p.ttl, _both("ip ttl", "ip6 hoplimit"), key=False),
@@ -139,14 +161,48 @@ FIELDS: Final[Mapping[str, Field]] = {
         Field("ecn", values.ECN, lambda p: p.ecn, _both("ip ecn", "ip6 ecn"), key=False),
         Field("mark", values.NUMBER, lambda p: p.mark, _one("meta mark"), datatype="mark", nft_format="#x"),
         Field(
-            "tcp.flags", values.FLAGS, lambda p: p.tcp_flags, _one("tcp flags"),
+            # Rules never ask this: later fragments are diverted to rules of their own.
+            "fragment", values.BOOLEAN, lambda p: int(p.is_later_fragment), {}, key=False,
+        ),
+        Field(
+            "tcp.flags", values.FLAGS, lambda p: p.tcp_flags, _one("tcp flags"), says_protocol=True,
             protocols=frozenset({TCP}), whole=False, key=False, nft_format="#04x",
+        ),
+        Field(
+            "tcp.mss", values.MSS, lambda p: p.tcp_mss, _one("tcp option maxseg size"),
+            protocols=frozenset({TCP}), whole=False, key=False, says_protocol=True,
+        ),
+        Field(
+            "icmp.type", values.ICMP_TYPE, lambda p: p.icmp_type, {IPV4: "icmp type"},
+            protocols=frozenset({ICMP}), whole=False, key=False, says_protocol=True,
+            nft_names=_NFT_ICMP,
+        ),
+        Field(
+            "icmpv6.type", values.ICMPV6_TYPE, lambda p: p.icmpv6_type, {IPV6: "icmpv6 type"},
+            protocols=frozenset({ICMPV6}), whole=False, key=False, says_protocol=True,
+            nft_names=_NFT_ICMPV6,
+        ),
+        Field(
+            "ct.state", values.CT_STATE, lambda p: p.ct_state, _one("ct state"), hooks=_TRACKED,
+            key=False, nft_names={n: name for name, n in values.CT_STATE.names.items()}, listed=True,
+            tracked=True,
+        ),
+        Field(
+            "ct.direction", values.CT_DIRECTION, lambda p: p.ct_direction, _one("ct direction"),
+            hooks=_TRACKED, whole=False, key=False, tracked=True,
+            nft_names={n: name for name, n in values.CT_DIRECTION.names.items()},
+        ),
+        Field(
+            # Drawn once for all classes; see `simplify`.
+            "random", values.PERCENT, lambda p: p.draw, _one("numgen random mod 1000000"), key=False,
         ),
         Field(
             # `ct id` is one number for both directions (nf_ct_get_id); packets that
             # connection tracking does not know have none.
-            "connection", values.NUMBER, lambda p: _connection_number(p),
-            _one("ct id"), whole=False, datatype="integer", compared=False,
+            "connection", values.NUMBER,
+            lambda p: None if p.connection is None else p.connection.number,
+            _one("ct id"), hooks=_TRACKED, whole=False, datatype="integer", compared=False,
+            tracked=True,
         ),
     )
 }  # fmt: skip
@@ -156,5 +212,11 @@ INTEREST_FIELDS: Final = (
     "in", "out", "family", "protocol", "saddr", "daddr", "sport", "dport",
 )  # fmt: skip
 
-# What can be asked of a flow, with its type.
-FLOW_ATTRIBUTES: Final[Mapping[str, Type]] = {"packets": values.PACKETS, "bytes": values.BYTES}
+# What can be asked of a flow, with its type; a rate is one of bits or of packets.
+FLOW_ATTRIBUTES: Final[Mapping[str, Type]] = {
+    "packets": values.PACKETS,
+    "bytes": values.BYTES,
+    "rate": values.RATE,
+    "age": values.DURATION,
+    "connections": values.NUMBER,
+}

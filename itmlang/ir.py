@@ -6,20 +6,62 @@ on a packet without the field that is false, whatever the set (the language's
 logic is two-valued, and `Not` negates the result).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from itmlang.actions import Action
 from itmlang.fields import Field
 from itmlang.source import Span
-from itmlang.values import Ranges, ValueSet
+from itmlang.values import Ranges, Type, ValueSet
+
+
+@dataclass(frozen=True, eq=False)
+class NamedSet:
+    """A set of values that has a name, so that rules can refer to it by that."""
+
+    name: str
+    type: Type
+    values: ValueSet
+    span: Span
+
+
+@dataclass(frozen=True, eq=False)
+class LearnedSet:
+    """A set that policies fill and empty while they run.
+
+    `timeout` is in milliseconds, for additions that give no time of their own; None
+    for ever. `size` bounds the elements (of one address family).
+    """
+
+    name: str
+    type: Type
+    timeout: int | None
+    size: int
+    span: Span
+
+
+AnySet = NamedSet | LearnedSet
 
 
 @dataclass(frozen=True)
 class Test:
-    """The packet has the field, and its value lies in the set."""
+    """The packet has the field, and its value lies in the set.
+
+    `named` is the set of which the test was written, if it was of one alone.
+    """
 
     field: Field
     values: ValueSet
+    span: Span
+    named: NamedSet | None = None
+
+
+@dataclass(frozen=True)
+class Member:
+    """The packet has the field, and its value is now in a learned set."""
+
+    field: Field
+    set: LearnedSet
     span: Span
 
 
@@ -49,15 +91,20 @@ class Flow:
     @property
     def by_address(self) -> bool:
         """Does the key hold an address, so that each family has a table of its own?"""
-        return any(len(f.families()) > 1 for f in self.key)
+        return any(f.by_family for f in self.key)
 
 
 @dataclass(frozen=True)
 class FlowTest:
-    """The packet has the flow's key, and what was logged before it lies in the set."""
+    """The packet has the flow's key, and what was logged before it lies in the set.
+
+    `attribute` is "packets", "bytes", "age" (milliseconds), "connections",
+    "packet_rate" or "byte_rate" (values of PACKET_RATE and RATE); of an age or a rate
+    only one threshold is asked.
+    """
 
     flow: Flow
-    attribute: str  # "packets" or "bytes"
+    attribute: str
     values: Ranges
     span: Span
 
@@ -94,7 +141,7 @@ class Or:
     span: Span
 
 
-Condition = Test | Bits | FlowTest | Over | Not | And | Or
+Condition = Test | Member | Bits | FlowTest | Over | Not | And | Or
 
 
 @dataclass(frozen=True)
@@ -114,6 +161,34 @@ class Step:
     span: Span
 
 
+@dataclass(frozen=True, eq=False)
+class Limit:
+    """A token bucket for the packets of a class, or one for each entry of a flow.
+
+    `amount` packets (or bytes, if `in_bytes`) come in every `seconds`; a packet that
+    finds too little of them takes the steps `otherwise`. As in the kernel
+    (net/netfilter/nft_limit.c), a bucket of packets holds `burst`, one of bytes holds
+    `amount` + `burst`.
+    """
+
+    amount: int
+    seconds: int
+    in_bytes: bool
+    burst: int
+    flow: Flow | None
+    otherwise: tuple["Step | Limit", ...]
+    span: Span
+
+
+Steps = tuple[Step | Limit, ...]
+
+
+def verdict(steps: Steps) -> str:
+    """The verdict with which steps end, "" if they leave it to what follows."""
+    last = steps[-1] if steps else None
+    return last.action.verdict if isinstance(last, Step) else ""
+
+
 @dataclass(frozen=True)
 class Count:
     flow: Flow
@@ -121,17 +196,64 @@ class Count:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """Every `many`th packet of interest is copied to a netlink log group."""
+
+    many: int
+    group: int
+    span: Span
+
+
+@dataclass(frozen=True)
+class Record:
+    """Packets of interest are written to the kernel's log, at most `amount` in `seconds`."""
+
+    prefix: str
+    amount: int
+    seconds: int
+    span: Span
+
+
+@dataclass(frozen=True)
+class Addition:
+    """The field's value goes into the set, for `timeout` milliseconds (None: the set's own)."""
+
+    field: Field
+    set: LearnedSet
+    timeout: int | None
+    condition: Condition | None
+    span: Span
+
+
+@dataclass(frozen=True)
+class Removal:
+    """The field's value leaves the set."""
+
+    field: Field
+    set: LearnedSet
+    condition: Condition | None
+    span: Span
+
+
+@dataclass(frozen=True)
 class Policy:
-    """One policy as it is loaded, with its parameters' values put in."""
+    """One policy as it is loaded, with its parameters' values put in.
+
+    A hook is its name, with the device for `ingress` and `egress`: `ingress "eth0"`;
+    `at` is where they are written.
+    """
 
     name: str
     hooks: tuple[str, ...]
+    at: Span
     priority: int
     interest: And
     flows: tuple[Flow, ...]
     rules: tuple[ClassRule, ...]
     counts: tuple[Count, ...]
-    process: dict[str, tuple[Step, ...]]
+    notes: tuple[Sample | Record, ...]
+    process: dict[str, Steps]
+    updates: tuple[Addition | Removal, ...]
     span: Span
     parameters: dict[str, str] = field(default_factory=dict)
 
@@ -139,3 +261,32 @@ class Policy:
     def classes(self) -> tuple[str, ...]:
         """The names of the classes, in the order they first appear."""
         return tuple(dict.fromkeys(rule.name for rule in self.rules))
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """All conditions: the interest, the classes', the updates'."""
+        asked = (*self.rules, *self.updates)
+        return (self.interest, *(c.condition for c in asked if c.condition is not None))
+
+    @property
+    def learned(self) -> tuple[LearnedSet, ...]:
+        """The learned sets that the policy asks or changes, sorted by name."""
+        asked = [
+            leaf.set for c in self.conditions for leaf in leaves(c) if isinstance(leaf, Member)
+        ]
+        changed = [change.set for change in self.updates]
+        return tuple(sorted(dict.fromkeys([*asked, *changed]), key=lambda one: one.name))
+
+
+def leaves(condition: Condition | None) -> Iterator[Test | Member | Bits | FlowTest | Over]:
+    """The tests of a condition, from left to right; negated ones, too."""
+    match condition:
+        case None:
+            pass
+        case Not():
+            yield from leaves(condition.term)
+        case And() | Or():
+            for term in condition.terms:
+                yield from leaves(term)
+        case _:
+            yield condition

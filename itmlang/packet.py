@@ -9,8 +9,9 @@ RFC 1624, the way the kernel does, so that both give the same bytes.
 """
 
 import struct
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from itmlang.values import IPV4, IPV6, PROTOCOLS
 
@@ -18,6 +19,14 @@ TCP: Final = PROTOCOLS["tcp"]
 UDP: Final = PROTOCOLS["udp"]
 ICMP: Final = PROTOCOLS["icmp"]
 ICMPV6: Final = PROTOCOLS["icmpv6"]
+DCCP: Final = PROTOCOLS["dccp"]
+SCTP: Final = PROTOCOLS["sctp"]
+UDPLITE: Final = PROTOCOLS["udplite"]
+# Where the checksum of a transport header lies, and whose covers the addresses, too.
+_PORT_CHECKSUMS: Final = {TCP: 16, UDP: 6}
+_PSEUDO_CHECKSUMS: Final = {**_PORT_CHECKSUMS, UDPLITE: 6, ICMPV6: 2}
+# Protocols whose ports can be rewritten: those whose checksum nftables mends.
+REWRITTEN_PORTS: Final = frozenset({TCP, UDP, SCTP})
 # Protocols whose header begins with a source and a destination port:
 # TCP, UDP, DCCP (RFC 4340), SCTP (RFC 9260), UDP-Lite (RFC 3828).
 PORT_PROTOCOLS: Final = frozenset({6, 17, 33, 132, 136})
@@ -25,7 +34,8 @@ PORT_PROTOCOLS: Final = frozenset({6, 17, 33, 132, 136})
 _FRAGMENT, _AUTHENTICATION, _NO_NEXT = 44, 51, 59
 _EXTENSIONS: Final = frozenset({0, 43, _FRAGMENT, _AUTHENTICATION, _NO_NEXT, 60})
 _IPV4_HEADER, _IPV6_HEADER = 20, 40
-_TCP_FLAGS_OFFSET = 13
+_FRAGMENT_OFFSET = 185  # in units of eight bytes: behind 1480
+_TCP_FLAGS_OFFSET, _TCP_HEADER, _MSS_OPTION, _MSS_LENGTH = 13, 20, 2, 4
 
 
 class MalformedError(ValueError):
@@ -37,7 +47,9 @@ class Packet:
     """One IP packet and what the stack knows beside its bytes.
 
     `input` and `output` are the interfaces (None where there is none yet, or any
-    more), `mark` is the packet mark. Raises `MalformedError` when constructed
+    more), `mark` is the packet mark; `ct_state`, `ct_direction` and `connection` are
+    what connection tracking says of it, `draw` is its random number, from
+    0 to 999 999. Raises `MalformedError` when constructed
     from bytes without a whole IP header.
     """
 
@@ -45,9 +57,14 @@ class Packet:
     input: str | None = None
     output: str | None = None
     mark: int = 0
+    ct_state: int = 0  # invalid: what nftables reads where nothing was tracked
+    ct_direction: int | None = None
+    connection: Any = None  # a `conntrack.Connection`
+    draw: int = 0
     family: int = field(init=False)
     protocol: int | None = field(init=False)
     fragment_offset: int = field(init=False, default=0)
+    is_fragment: bool = field(init=False, default=False)  # the first one, too
     transport: int = field(init=False)  # offset of the transport header
 
     def __post_init__(self) -> None:
@@ -69,7 +86,8 @@ class Packet:
             raise MalformedError("the IPv4 total length does not fit the packet")
         del data[total:]
         self.family, self.protocol = IPV4, data[9]
-        self.fragment_offset = struct.unpack_from("!H", data, 6)[0] & 0x1FFF
+        fragment = struct.unpack_from("!H", data, 6)[0] & 0x3FFF
+        self.fragment_offset, self.is_fragment = fragment & 0x1FFF, fragment != 0
 
     def _locate_ipv6(self) -> None:
         data = self.data
@@ -88,7 +106,7 @@ class Packet:
             if following == _FRAGMENT:
                 if offset + 4 > len(data):
                     return
-                size = 8
+                size, self.is_fragment = 8, True
                 fragment_offset = struct.unpack_from("!H", data, offset + 2)[0] & 0xFFF8
                 if fragment_offset:
                     if after in _EXTENSIONS and after != _NO_NEXT:
@@ -123,10 +141,11 @@ class Packet:
         return bytes(self.data[start : start + size])
 
     def _port(self, offset: int) -> int | None:
-        if self.protocol not in PORT_PROTOCOLS:
+        if self.protocol not in PORT_PROTOCOLS or self.fragment_offset:
             return None
-        raw = self.transport_bytes(offset, 2)
-        return None if raw is None else int.from_bytes(raw)
+        start = self.transport + offset
+        data = self.data
+        return data[start] << 8 | data[start + 1] if start + 2 <= len(data) else None
 
     @property
     def source_port(self) -> int | None:
@@ -167,25 +186,135 @@ class Packet:
         return self.tos & 3
 
     @property
-    def connection(self) -> tuple[object, ...] | None:
-        """A key of the packet's connection, the same for both directions.
+    def icmp_type(self) -> int | None:
+        """The type of an ICMP packet (IPv4 alone)."""
+        return self._first_byte() if self.protocol == ICMP and self.family == IPV4 else None
 
-        It stands for the kernel's connection tracking; that the kernel would call
-        a packet invalid or untracked is not modelled.
-        """
-        ends: tuple[object, ...]
-        if self.protocol is None or self.fragment_offset:
+    @property
+    def icmpv6_type(self) -> int | None:
+        """The type of an ICMPv6 packet (IPv6 alone)."""
+        return self._first_byte() if self.protocol == ICMPV6 and self.family == IPV6 else None
+
+    def _first_byte(self) -> int | None:
+        raw = self.transport_bytes(0, 1)
+        return None if raw is None else raw[0]
+
+    @property
+    def is_later_fragment(self) -> bool:
+        return self.fragment_offset != 0
+
+    @property
+    def tcp_mss(self) -> int | None:
+        """The value of TCP's maximum segment size option (RFC 9293 section 3.7.1)."""
+        place = self._mss_place()
+        return None if place is None else self._word(place)
+
+    def _mss_place(self) -> int | None:
+        """Where the option's value lies; options are walked as `nft_exthdr_tcp_eval` does."""
+        raw = self.transport_bytes(12, 1) if self.protocol == TCP else None
+        size = 0 if raw is None else (raw[0] >> 4) * 4
+        header = self.transport_bytes(0, size) if size >= _TCP_HEADER else None
+        if header is None:
             return None
-        if self.protocol in PORT_PROTOCOLS:
-            if self.source_port is None or self.destination_port is None:
-                return None
-            ends = ((self.source, self.source_port), (self.destination, self.destination_port))
-        elif self.protocol in (ICMP, ICMPV6):
-            identifier = int.from_bytes(self.transport_bytes(4, 2) or b"")
-            return (self.protocol, *sorted((self.source, self.destination)), identifier)
+        at = _TCP_HEADER
+        while at < size - 1:
+            kind, length = header[at], header[at + 1]
+            step = 1 if kind <= 1 or length == 0 else length
+            if kind == _MSS_OPTION:
+                return None if at + step > size or step < 4 else self.transport + at + 2
+            at += step
+        return None
+
+    def _word(self, place: int) -> int:
+        return self.data[place] << 8 | self.data[place + 1]
+
+    # Rewriting. Each leaves the packet alone if it lacks the field.
+
+    def set_ttl(self, ttl: int) -> None:
+        """Write the TTL (hop limit); the IPv4 header checksum follows."""
+        if self.family == IPV6:
+            self.data[7] = ttl
         else:
-            ends = (self.source, self.destination)
-        return (self.protocol, *sorted(ends))
+            self._write(8, bytes((ttl, self.data[9])), [10])
+
+    def set_source(self, address: tuple[int, int]) -> None:
+        """Write the source address (family, integer) of a packet of its family."""
+        self._set_address(address, 12, 8)
+
+    def set_destination(self, address: tuple[int, int]) -> None:
+        self._set_address(address, 16, 24)
+
+    def _set_address(self, address: tuple[int, int], ipv4_offset: int, ipv6_offset: int) -> None:
+        family, value = address
+        # The kernel cannot mend DCCP's checksum, nor one that a tiny first fragment lacks:
+        # such packets are left alone, as are those of which it does not know what they carry.
+        if family != self.family or self.protocol in (DCCP, None):
+            return
+        transport = self._checksum_place(_PSEUDO_CHECKSUMS)
+        if self.protocol == TCP and transport is None and not self.fragment_offset:
+            return
+        checksums = [transport] if transport is not None else []
+        if family == IPV4:
+            self._write(ipv4_offset, value.to_bytes(4), [10, *checksums])
+        else:
+            self._write(ipv6_offset, value.to_bytes(16), checksums)
+
+    def set_source_port(self, port: int) -> None:
+        """Write the source port of TCP, UDP and SCTP (whose checksum lies over all fragments)."""
+        self._set_port(port, 0)
+
+    def set_destination_port(self, port: int) -> None:
+        self._set_port(port, 2)
+
+    def _set_port(self, port: int, offset: int) -> None:
+        if self.protocol not in REWRITTEN_PORTS or self._port(offset) is None:
+            return
+        start = self.transport + offset
+        if self.protocol == SCTP:
+            if self.is_fragment:
+                return
+            self.data[start : start + 2] = port.to_bytes(2)
+            if len(self.data) >= self.transport + 12:
+                check = self.transport + 8
+                self.data[check : check + 4] = bytes(4)
+                value = crc32c(memoryview(self.data)[self.transport :])
+                self.data[check : check + 4] = value.to_bytes(4, "little")
+            return
+        place = self._checksum_place(_PORT_CHECKSUMS)
+        if place is not None:
+            self._write(start, port.to_bytes(2), [place])
+        elif self.protocol == UDP and self.transport_bytes(6, 2) == b"\0\0":
+            self.data[start : start + 2] = port.to_bytes(2)
+
+    def _checksum_place(self, offsets: Mapping[int, int]) -> int | None:
+        """Where the transport checksum lies; None if there is none, or UDP's is not used."""
+        offset = offsets.get(self.protocol if self.protocol is not None else -1)
+        raw = None if offset is None else self.transport_bytes(offset, 2)
+        if raw is None or (self.protocol == UDP and raw == b"\0\0"):
+            return None
+        assert offset is not None
+        return self.transport + offset
+
+    def set_tcp_mss(self, size: int) -> None:
+        """Lower TCP's maximum segment size option, if it is sound and begins at an even place."""
+        place = self._mss_place()
+        if place is None or self._word(place) <= size:
+            return
+        if (place - self.transport) % 2 or self.data[place - 1] != _MSS_LENGTH:
+            return
+        before, check = self._word(place), self.transport + 16
+        self.data[place : place + 2] = size.to_bytes(2)
+        checksum = updated_checksum(self._word(check), before, size)
+        self.data[check : check + 2] = (0 if checksum == 0xFFFF else checksum).to_bytes(2)
+
+    def _write(self, offset: int, new: bytes, checksums: Iterable[int]) -> None:
+        """Replace whole 16-bit words; the checksums at these places follow (RFC 1624)."""
+        before = int.from_bytes(self.data[offset : offset + len(new)])
+        after = int.from_bytes(new)
+        self.data[offset : offset + len(new)] = new
+        for place in checksums:
+            checksum = updated_checksum(self._word(place), before, after)
+            self.data[place : place + 2] = checksum.to_bytes(2)
 
     def set_tos(self, tos: int) -> None:
         """Write the TOS byte (traffic class); the IPv4 header checksum follows."""
@@ -214,15 +343,38 @@ def internet_checksum(data: bytes | bytearray) -> int:
 
 
 def updated_checksum(checksum: int, before: int, after: int) -> int:
-    """RFC 1624 equation 3 for one changed 16-bit word.
+    """RFC 1624 equation 3 for changed 16-bit words, given as one big-endian number each.
 
     A result of zero is written as 0xffff, as `nft_payload` does: equal in one's
     complement, and the same bytes as the kernel's.
     """
-    total = (~checksum & 0xFFFF) + (~before & 0xFFFF) + after
-    total = (total & 0xFFFF) + (total >> 16)
-    total = (total & 0xFFFF) + (total >> 16)
+    total = (~checksum & 0xFFFF) + after
+    while before:
+        total += ~before & 0xFFFF
+        before >>= 16
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
     return (~total & 0xFFFF) or 0xFFFF
+
+
+def crc32c(data: Iterable[int]) -> int:
+    """The checksum of SCTP (RFC 9260 appendix A)."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = _CRC32C[(crc ^ byte) & 0xFF] ^ crc >> 8
+    return crc ^ 0xFFFFFFFF
+
+
+def _crc32c_table() -> tuple[int, ...]:
+    table = []
+    for byte in range(256):
+        for _ in range(8):
+            byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
+        table.append(byte)
+    return tuple(table)
+
+
+_CRC32C: Final = _crc32c_table()
 
 
 @dataclass(frozen=True)
@@ -242,6 +394,9 @@ class Header:
     tos: int = 0
     ttl: int = 64
     length: int | None = None
+    type: int | None = None  # of ICMP; an echo request if not given
+    mss: int | None = None  # TCP's maximum segment size option
+    fragment: bool = False  # a later fragment, with what would be the payload
     input: str | None = None
     output: str | None = None
     mark: int = 0
@@ -256,18 +411,22 @@ class Header:
         ports = struct.pack("!HH", self.source_port or 0, self.destination_port or 0)
         if self.protocol == TCP:
             flags = 0x10 if self.flags is None else self.flags
-            return ports + struct.pack("!IIBBHHH", 1, 1, 0x50, flags, 65535, 0, 0) + payload
+            option = b"" if self.mss is None else struct.pack("!BBH", _MSS_OPTION, 4, self.mss)
+            size = _TCP_HEADER + len(option) << 2
+            fixed = struct.pack("!IIBBHHH", 1, 1, size, flags, 65535, 0, 0)
+            return ports + fixed + option + payload
         if self.protocol == UDP:
             return ports + struct.pack("!HH", 8 + len(payload), 0) + payload
         if self.protocol in (ICMP, ICMPV6):
             echo = 8 if self.protocol == ICMP else 128
-            return struct.pack("!BBHHH", echo, 0, 0, 1, 1) + payload
+            kind = echo if self.type is None else self.type
+            return struct.pack("!BBHHH", kind, 0, 0, 1, 1) + payload
         if self.protocol in PORT_PROTOCOLS:
             return ports + bytes(8) + payload
         return payload
 
     def build(self) -> Packet:
-        """The packet, with right checksums (SCTP and DCCP: header only, checksum zero)."""
+        """The packet, with right checksums (DCCP and UDP-Lite: header only, checksum zero)."""
         padding = max(0, (self.length or 0) - self.least_length)
         transport = bytearray(self._transport(bytes(padding)))
         family, source = self.source
@@ -281,15 +440,21 @@ class Header:
             if self.protocol == UDP:
                 checksum = checksum or 0xFFFF
             struct.pack_into("!H", transport, place, checksum)
+        elif self.protocol == SCTP:
+            struct.pack_into("<I", transport, 8, crc32c(transport))
         if family == IPV4:
             total = _IPV4_HEADER + len(transport)
+            identity, offset = (1, _FRAGMENT_OFFSET) if self.fragment else (0, 0)
             header = bytearray(
-                struct.pack("!BBHHHBBH", 0x45, self.tos, total, 0, 0, self.ttl, self.protocol, 0)
-                + ends
-            )
+                struct.pack("!BBHHHBBH", 0x45, self.tos, total, identity, offset, self.ttl,
+                            self.protocol, 0) + ends
+            )  # fmt: skip
             struct.pack_into("!H", header, 10, internet_checksum(header))
         else:
-            first = 6 << 28 | self.tos << 20
-            fixed = struct.pack("!IHBB", first, len(transport), self.protocol, self.ttl)
+            first, following = 6 << 28 | self.tos << 20, self.protocol
+            if self.fragment:
+                extension = struct.pack("!BBHI", self.protocol, 0, _FRAGMENT_OFFSET << 3, 1)
+                transport, following = bytearray(extension + transport), _FRAGMENT
+            fixed = struct.pack("!IHBB", first, len(transport), following, self.ttl)
             header = bytearray(fixed + ends)
         return Packet(header + transport, self.input, self.output, self.mark)

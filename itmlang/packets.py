@@ -5,7 +5,7 @@ from typing import Any, Final
 from itmlang import syntax, values
 from itmlang.diagnostics import Findings, did_you_mean
 from itmlang.evaluate import Scope, single, value_set
-from itmlang.packet import PORT_PROTOCOLS, TCP, Header
+from itmlang.packet import ICMP, ICMPV6, PORT_PROTOCOLS, TCP, Header
 from itmlang.parser import parse_packet
 from itmlang.source import Source
 from itmlang.values import PROTOCOLS, Addresses, Names, Ranges, Type
@@ -18,9 +18,12 @@ _OPTIONS: Final[dict[str, Type]] = {
     "ecn": values.ECN,
     "ttl": values.OCTET,
     "mark": values.NUMBER,
+    "mss": values.MSS,
+    "fragment": values.BOOLEAN,
     "in": values.INTERFACE,
     "out": values.INTERFACE,
 }
+_TYPES: Final = {ICMP: values.ICMP_TYPE, ICMPV6: values.ICMPV6_TYPE}
 _LONGEST: Final = 65_535
 
 
@@ -77,7 +80,10 @@ def _address(node: syntax.Address, findings: Findings) -> tuple[int, int] | None
 def _port(end: syntax.Endpoint, protocol: int, findings: Findings) -> int | None:
     if protocol not in PORT_PROTOCOLS:
         if end.port is not None:
-            findings.error("E028", "packets of this protocol have no ports", end.port.span)
+            findings.error(
+                "E028", "packets of this protocol have no ports", end.port.span,
+                help=f"write `{end.address.text}` alone",
+            )  # fmt: skip
         return None
     if end.port is None:
         findings.error(
@@ -91,18 +97,19 @@ def _port(end: syntax.Endpoint, protocol: int, findings: Findings) -> int | None
 def _options(node: syntax.PacketText, protocol: int, findings: Findings) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for option in node.options:
-        type = _OPTIONS.get(option.name)
+        type = _TYPES.get(protocol) if option.name == "type" else _OPTIONS.get(option.name)
         if type is None:
             findings.error(
                 "E010", f"a packet's `{option.name}` cannot be given", option.span,
-                help=did_you_mean(option.name, _OPTIONS),
+                help=did_you_mean(option.name, [*_OPTIONS, "type"]),
             )  # fmt: skip
         elif option.name in found:
             findings.error("E012", f"`{option.name}` is given twice", option.span)
-        elif option.name == "flags" and protocol != TCP:
-            findings.error("E028", "only TCP packets have flags", option.span)
+        elif option.name in ("flags", "mss") and protocol != TCP:
+            findings.error("E028", f"only TCP packets have {option.name}", option.span)
         else:
             found[option.name] = _option(option, type, findings)
+    found["fragment"] = bool(found.get("fragment"))
     tos = found.pop("tos", None) or 0
     dscp, ecn = found.pop("dscp", None), found.pop("ecn", None)
     tos = tos if dscp is None else dscp << 2 | tos & 3

@@ -8,11 +8,13 @@ before parsing, so that no later pass can run out of stack.
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from lark import Lark, Token, UnexpectedCharacters, UnexpectedInput, v_args
+from lark import Lark, Token, Tree, UnexpectedCharacters, UnexpectedInput, v_args
 from lark.exceptions import UnexpectedToken
 from lark.lexer import PatternStr
 from lark.tree import Meta
@@ -40,38 +42,63 @@ _TERMINALS: Final = {
     "_CLASSIFY": "`classify {`",
     "_LOG": "`log {`",
     "_PROCESS": "`process {`",
+    "_UPDATE": "`update {`",
+    "SET_NAME": "a set such as `@name`",
+    "DECIMAL": "a number",
+    "RATE": "a rate",
     "$END": "the end",
 }
 # Words of the language that later versions will know.
 _LATER: Final = frozenset(
     {
-        "include", "set", "use", "link", "overlay", "tunnel", "test", "update", "control",
-        "sample", "record", "limit", "call", "reject", "encapsulate", "decapsulate", "route",
-        "send", "proxy", "every", "add", "remove",
+        "link", "overlay", "tunnel", "control", "call", "encapsulate", "decapsulate", "route",
+        "proxy", "every",
     }
 )  # fmt: skip
+# What other languages write there.
+_ELSEWHERE: Final = {"|": "write `or`", "&": "write `and`", "!": "write `not`", "'": 'write `"`'}
+_BEFORE: Final = re.compile(r"[a-z]+(?=\s*\Z)")
 _MARKS: Final = re.compile(
-    r'#[^\n]*|"[^"\n]*"|[{}()]|^policy\b|(?:\bnot\b(?:[\s;]|#[^\n]*\n)*){64}', re.MULTILINE
+    r'#[^\n]*|"[^"\n]*"|[{}()]|^[ \t]*(?:include|set|policy|use|test)\b'
+    r"|(?:\bnot\b(?:[\s;]|#[^\n]*\n)*){64}",
+    re.MULTILINE,
 )
+# Inside of something unclosed, these begin the next item; `set` and others are statements, too.
+_HEADS: Final = re.compile(r"(?:policy|use|test)\b(?:[^\n{}()]|\([^\n()]*\))*\{")
+_TEST: Final = re.compile(r"(?:\s|;|#[^\n]*\n)*test\b")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A word or sign as it stands in the text, for those who care how it is written.
+
+    `kind` is its terminal and `rule` the rule it is a direct part of; `begins` names
+    the rules that it is the first piece of.
+    """
+
+    text: str
+    start: int
+    kind: str
+    rule: str
+    begins: frozenset[str]
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.text)
 
 
 def parse(source: Source, findings: Findings) -> syntax.File:
     """The tree of a policy file; syntax errors go to `findings`, one a top-level item."""
-    policies: list[syntax.Policy] = []
+    items: list[syntax.Item] = []
     if _too_long(source, findings):
         return syntax.File(source, ())
     for start, end in _items(source, findings):
-        policy = _parse(source, "start", start, end, findings)
-        if isinstance(policy, syntax.Policy):
-            policies.append(policy)
-    if not policies and not findings.failed:
-        findings.error(
-            "E002",
-            "the file holds no policy",
-            Span(source, 0, 0),
-            help="begin with `policy NAME { at HOOK … }`",
-        )
-    return syntax.File(source, tuple(policies))
+        if _TEST.match(source.text, start):
+            test = _parse(source, "test", start, end, findings)
+            items += [test] if isinstance(test, syntax.Test) else []
+        else:
+            items += _parse(source, "start", start, end, findings) or ()
+    return syntax.File(source, tuple(items))
 
 
 def _too_long(source: Source, findings: Findings) -> bool:
@@ -103,25 +130,28 @@ def _items(source: Source, findings: Findings) -> Iterator[tuple[int, int]]:
 
     An item that nests too deeply is reported and left out.
     """
-    start, too_deep = 0, False
+    text, start, too_deep = source.text, 0, False
     stack: list[str] = []
-    for mark in _MARKS.finditer(source.text):
-        text = mark.group()
-        if text == "policy" and stack:
-            yield start, mark.start()
+    for mark in _MARKS.finditer(text):
+        word = mark.group()
+        if word.strip().isalpha():
+            if stack and not _HEADS.match(text, mark.start()):
+                continue
+            if not _blank(text[start : mark.start()]) and not too_deep:
+                yield start, mark.start()
             start, too_deep = mark.start(), False
             stack.clear()
-        elif text in "{(":
-            stack.append(text)
+        elif word in "{(":
+            stack.append(word)
             if len(stack) > DEEPEST_NESTING and not too_deep:
                 too_deep = True
                 _report_depth(Span(source, mark.start(), mark.end()), findings)
-        elif text.startswith("not") and not too_deep:
+        elif word.startswith("not") and not too_deep:
             too_deep = True
             _report_depth(Span(source, mark.start(), mark.start() + 3), findings)
-        elif text == ")" and stack[-1:] == ["("]:
+        elif word == ")" and stack[-1:] == ["("]:
             stack.pop()
-        elif text == "}":
+        elif word == "}":
             # A brace closes what was left open inside of it, too.
             while stack and stack.pop() != "{":
                 pass
@@ -129,9 +159,13 @@ def _items(source: Source, findings: Findings) -> Iterator[tuple[int, int]]:
                 if not too_deep:
                     yield start, mark.end()
                 start, too_deep = mark.end(), False
-    rest = re.sub(r"#[^\n]*", "", source.text[start:])
-    if rest.strip(" \t\r\n\f;") and not too_deep:
-        yield start, len(source.text)
+    if not _blank(text[start:]) and not too_deep:
+        yield start, len(text)
+
+
+def _blank(text: str) -> bool:
+    """Nothing but white space, semicolons and comments?"""
+    return not re.sub(r"#[^\n]*", "", text).strip(" \t\r\n\f;")
 
 
 def _report_depth(span: Span, findings: Findings) -> None:
@@ -143,24 +177,50 @@ def _report_depth(span: Span, findings: Findings) -> None:
     )
 
 
+def pieces(source: Source, findings: Findings) -> Iterator[Piece]:
+    """Every word and sign of a policy file but `;`, in order; syntax errors go to `findings`."""
+    if _too_long(source, findings):
+        return
+    for start, end in _items(source, findings):
+        rule = "test" if _TEST.match(source.text, start) else "start"
+        tree = _tree(source, rule, start, end, findings, every_token=True)
+        begins: list[str] = []
+        left: list[tuple[Any, str]] = [] if tree is None else [(tree, "")]
+        while left:
+            node, parent = left.pop()
+            if isinstance(node, Token):
+                yield Piece(str(node), node.start_pos or 0, node.type, parent, frozenset(begins))
+                begins.clear()
+            else:
+                begins.append(str(node.data))
+                left += [(child, str(node.data)) for child in reversed(node.children)]
+
+
 def _parse(source: Source, rule: str, start: int, end: int, findings: Findings) -> Any:
+    tree = _tree(source, rule, start, end, findings)
+    return None if tree is None else _Builder(source).transform(tree)
+
+
+def _tree(
+    source: Source, rule: str, start: int, end: int, findings: Findings, every_token: bool = False
+) -> Tree[Token] | None:
     try:
-        tree = _grammar(rule).parse(TextSlice(source.text, start, end))
-        return _Builder(source).transform(tree)
+        return _grammar(rule, every_token).parse(TextSlice(source.text, start, end))
     except UnexpectedInput as error:
         _report(source, error, rule, end, findings)
         return None
 
 
 @cache
-def _grammar(rule: str) -> Lark:
+def _grammar(rule: str, every_token: bool = False) -> Lark:
     # One parser a start rule: a keyword of one is an ordinary name in the others.
     return Lark(
         Path(resource("grammar", "itm.lark")).read_text(encoding="utf-8"),
         parser="lalr",
         start=rule,
         propagate_positions=True,
-        maybe_placeholders=True,
+        maybe_placeholders=not every_token,
+        keep_all_tokens=every_token,
     )
 
 
@@ -173,32 +233,48 @@ def _report(
         character = source.text[at]
         span = Span(source, at, at + 1)
         if character == '"':
-            findings.error("E004", "the string has no end on its line", span)
+            findings.error(
+                "E004", "the string has no end on its line", span, help='close it with `"`'
+            )
         else:
             shown = character if character.isprintable() else f"U+{ord(character):04X}"
             expected = _expected(rule, error.allowed or ())
-            findings.error("E001", f"unexpected `{shown}`{expected}", span)
+            help = _ELSEWHERE.get(character, "")
+            findings.error("E001", f"unexpected `{shown}`{expected}", span, help=help)
         return
     assert isinstance(error, UnexpectedToken)
     token = error.token
+    # `expected` has what merged states of the parser accept elsewhere, too.
+    accepted = error.accepts or error.expected
     if token.type == "$END":
         last = len(source.text[:end].rstrip())
         span = Span(source, max(0, last - 1), last)
-        findings.error("E001", f"the text ends too early{_expected(rule, error.expected)}", span)
+        findings.error("E001", f"the text ends too early{_expected(rule, accepted)}", span)
         return
     span = Span(source, token.start_pos or 0, token.end_pos or 0)
+    before = _BEFORE.search(source.text[max(0, span.start - 40) : span.start])
     help = ""
+    if token.type != "WORD" and token[:1].isalpha() and "WORD" in accepted:
+        help = f"`{token}` is a word of the language here: choose another name"
+    elif token == "=" and "OPERATOR" in accepted:
+        help = "to compare, write `==`"
+    elif token == ",":
+        help = "several values stand in braces: `{ a, b }`"
     if token.type == "WORD":
-        words = [w for t in error.expected if (w := _spelling(rule, t)).isalpha()]
+        words = [w for t in accepted if (w := _spelling(rule, t)).isalpha()]
         help = did_you_mean(str(token), words)
         help = help if help.startswith("did") else ""
         if str(token) in words:  # a section's keyword is none without its brace
             help = "a `{` is missing behind it"
         if str(token) in _LATER:
-            help = f"`{token}` belongs to the language, but this version does not have it yet"
-    findings.error(
-        "E001", f"unexpected `{token}`{_expected(rule, error.expected)}", span, help=help
-    )
+            help = _not_yet(str(token))
+    if not help and before is not None and before.group() in _LATER:
+        help = _not_yet(before.group())
+    findings.error("E001", f"unexpected `{token}`{_expected(rule, accepted)}", span, help=help)
+
+
+def _not_yet(word: str) -> str:
+    return f"`{word}` belongs to the language, but this version does not have it yet"
 
 
 def _spelling(rule: str, terminal: str) -> str:
@@ -223,6 +299,13 @@ def _expected(rule: str, terminals: Sequence[str] | set[str]) -> str:
     if len(choice) == 1:
         return f": expected {choice[0]}"
     return f": expected {', '.join(choice[:-1])} or {choice[-1]}"
+
+
+def _number(digits: str) -> int | Fraction:
+    """A literal's value; one of absurd length becomes a number that no type takes."""
+    if "." in digits and len(digits) <= 40:
+        return Fraction(digits)
+    return _integer(digits.split(".")[0])
 
 
 def _integer(digits: str) -> int:
@@ -252,10 +335,10 @@ class _Builder(Transformer_NonRecursive[Token, Any]):
     # Values.
 
     def number(self, meta: Meta, children: list[Token]) -> syntax.Number:
-        return syntax.Number(self._span(meta), _integer(children[0]))
+        return syntax.Number(self._span(meta), _number(children[0]))
 
     def quantity(self, meta: Meta, children: list[Token]) -> syntax.Number:
-        return syntax.Number(self._span(meta), _integer(children[0]), str(children[1]))
+        return syntax.Number(self._span(meta), _number(children[0]), str(children[1]))
 
     def duration(self, meta: Meta, children: list[Token]) -> syntax.Number:
         digits = re.match(r"[0-9]+", children[0])
@@ -272,6 +355,15 @@ class _Builder(Transformer_NonRecursive[Token, Any]):
 
     def word(self, meta: Meta, children: list[Token]) -> syntax.Word:
         return syntax.Word(self._span(meta), str(children[0]))
+
+    def set_name(self, meta: Meta, children: list[Token]) -> syntax.SetName:
+        return self._set_name(children[0])
+
+    def _set_name(self, token: Token) -> syntax.SetName:
+        return syntax.SetName(self._token_span(token), str(token)[1:])
+
+    def _text(self, token: Token) -> syntax.Text:
+        return syntax.Text(self._token_span(token), token[1:-1])
 
     def added(self, meta: Meta, children: list[syntax.Value]) -> syntax.Sum:
         return syntax.Sum(self._span(meta), tuple(children))
@@ -290,6 +382,9 @@ class _Builder(Transformer_NonRecursive[Token, Any]):
     def comparison(self, meta: Meta, children: list[Any]) -> syntax.Comparison:
         field, operator, value = children
         return syntax.Comparison(self._span(meta), field, str(operator), value)
+
+    def asserted(self, meta: Meta, children: list[syntax.FieldName]) -> syntax.Asserted:
+        return syntax.Asserted(self._span(meta), children[0])
 
     def group(self, meta: Meta, children: list[syntax.Condition]) -> syntax.Condition:
         return children[0]
@@ -330,12 +425,12 @@ class _Builder(Transformer_NonRecursive[Token, Any]):
     def interest(self, meta: Meta, children: list[syntax.InterestLine]) -> syntax.Interest:
         return syntax.Interest(self._span(meta), tuple(children))
 
-    def flow_option(self, meta: Meta, children: list[Any]) -> syntax.FlowOption:
-        return syntax.FlowOption(self._span(meta), str(children[0]), children[1])
+    def size_option(self, meta: Meta, children: list[Any]) -> syntax.SizeOption:
+        return syntax.SizeOption(self._span(meta), str(children[0]), children[1])
 
     def flow(self, meta: Meta, children: list[Any]) -> syntax.Flow:
         key = tuple(c for c in children if isinstance(c, syntax.FieldName))
-        options = tuple(c for c in children if isinstance(c, syntax.FlowOption))
+        options = tuple(c for c in children if isinstance(c, syntax.SizeOption))
         return syntax.Flow(self._span(meta), children[0], key, options)
 
     def class_rule(self, meta: Meta, children: list[Any]) -> syntax.ClassRule:
@@ -347,7 +442,15 @@ class _Builder(Transformer_NonRecursive[Token, Any]):
     def count(self, meta: Meta, children: list[syntax.Name]) -> syntax.Count:
         return syntax.Count(self._span(meta), children[0])
 
-    def log(self, meta: Meta, children: list[syntax.Count]) -> syntax.Log:
+    def sample(self, meta: Meta, children: list[Any]) -> syntax.Sample:
+        one, _, many, group = children
+        return syntax.Sample(self._span(meta), one, many, group)
+
+    def record(self, meta: Meta, children: list[Any]) -> syntax.Record:
+        prefix, rate = children
+        return syntax.Record(self._span(meta), self._text(prefix), rate)
+
+    def log(self, meta: Meta, children: list[Any]) -> syntax.Log:
         return syntax.Log(self._span(meta), tuple(children))
 
     def action(self, meta: Meta, children: list[Any]) -> syntax.Action:
@@ -356,6 +459,24 @@ class _Builder(Transformer_NonRecursive[Token, Any]):
 
     def verdict(self, meta: Meta, children: list[Token]) -> syntax.Action:
         return syntax.Action(self._span(meta), (str(children[0]),), None)
+
+    def otherwise(self, meta: Meta, children: list[Any]) -> tuple[Any, ...]:
+        return tuple(children)
+
+    def limit(self, meta: Meta, children: list[Any]) -> syntax.Limit:
+        rate, burst, flow, otherwise = children
+        return syntax.Limit(self._span(meta), rate, burst, flow, otherwise)
+
+    def addition(self, meta: Meta, children: list[Any]) -> syntax.Addition:
+        field, name, duration, condition = children
+        return syntax.Addition(self._span(meta), field, self._set_name(name), duration, condition)
+
+    def removal(self, meta: Meta, children: list[Any]) -> syntax.Removal:
+        field, name, condition = children
+        return syntax.Removal(self._span(meta), field, self._set_name(name), condition)
+
+    def update(self, meta: Meta, children: list[Any]) -> syntax.Update:
+        return syntax.Update(self._span(meta), tuple(children))
 
     def class_block(self, meta: Meta, children: list[Any]) -> syntax.ClassBlock:
         return syntax.ClassBlock(self._span(meta), children[0], tuple(children[1:]))
@@ -378,6 +499,40 @@ class _Builder(Transformer_NonRecursive[Token, Any]):
     def policy(self, meta: Meta, children: list[Any]) -> syntax.Policy:
         name, parameters, *statements = children
         return syntax.Policy(self._span(meta), name, parameters or (), tuple(statements))
+
+    # Files.
+
+    def start(self, meta: Meta, children: list[syntax.Item]) -> tuple[syntax.Item, ...]:
+        return tuple(children)
+
+    def include(self, meta: Meta, children: list[Token]) -> syntax.Include:
+        return syntax.Include(self._span(meta), self._text(children[0]))
+
+    def set_values(self, meta: Meta, children: list[Any]) -> tuple[Any, bool]:
+        return children[0], False
+
+    def set_file(self, meta: Meta, children: list[Token]) -> tuple[Any, bool]:
+        return self._text(children[0]), True
+
+    def set_learned(self, meta: Meta, children: list[Any]) -> tuple[Any, bool]:
+        return tuple(children), False
+
+    def set_declaration(self, meta: Meta, children: list[Any]) -> syntax.SetDeclaration:
+        _, name, type, (content, from_file) = children
+        return syntax.SetDeclaration(self._span(meta), name, type, content, from_file)
+
+    def argument(self, meta: Meta, children: list[Any]) -> syntax.Argument:
+        return syntax.Argument(self._span(meta), *children)
+
+    def arguments(self, meta: Meta, children: list[Any]) -> tuple[syntax.Argument, ...]:
+        return tuple(c for c in children if c is not None)
+
+    def use_block(self, meta: Meta, children: list[Any]) -> tuple[Any, ...]:
+        return tuple(children)
+
+    def use(self, meta: Meta, children: list[Any]) -> syntax.Use:
+        policy, arguments, instance, statements = children
+        return syntax.Use(self._span(meta), policy, arguments or (), instance, statements or ())
 
     # Packets and tests.
 
@@ -410,16 +565,32 @@ class _Builder(Transformer_NonRecursive[Token, Any]):
         policy, name = (first, second) if second is not None else (None, first)
         return syntax.Expectation(self._span(meta), "class", policy, name)
 
-    def expect_untouched(self, meta: Meta, children: list[Any]) -> syntax.Expectation:
-        return syntax.Expectation(self._span(meta), "untouched")
-
-    def expect_drop(self, meta: Meta, children: list[Any]) -> syntax.Expectation:
-        return syntax.Expectation(self._span(meta), "drop")
+    def expect_verdict(self, meta: Meta, children: list[Token]) -> syntax.Expectation:
+        return syntax.Expectation(self._span(meta), str(children[0]))
 
     def expect_field(self, meta: Meta, children: list[Any]) -> syntax.Expectation:
         return syntax.Expectation(self._span(meta), children[0], value=children[1])
 
     def send(self, meta: Meta, children: list[Any]) -> syntax.Send:
         number, packet, *expectations = children
-        count = syntax.Number(self._token_span(number), _integer(number))
-        return syntax.Send(self._span(meta), count, packet, tuple(expectations))
+        span = self._span(meta)
+        count = (
+            syntax.Number(span, 1)
+            if number is None
+            else syntax.Number(self._token_span(number), _integer(number))
+        )
+        return syntax.Send(span, count, packet, tuple(expectations))
+
+    def test_policy(self, meta: Meta, children: list[Any]) -> syntax.TestPolicy:
+        name, arguments = children
+        return syntax.TestPolicy(self._span(meta), name, arguments or ())
+
+    def path(self, meta: Meta, children: list[Token]) -> syntax.Path:
+        return syntax.Path(self._span(meta), self._name(children[0]))
+
+    def wait(self, meta: Meta, children: list[syntax.Value]) -> syntax.Wait:
+        return syntax.Wait(self._span(meta), children[0])
+
+    def test(self, meta: Meta, children: list[Any]) -> syntax.Test:
+        name, *lines = children
+        return syntax.Test(self._span(meta), self._text(name), tuple(lines))

@@ -8,6 +8,7 @@ an action would be an error; this version has none.
 from dataclasses import dataclass
 
 from itmlang import ir
+from itmlang.simplify import Facts
 
 
 @dataclass(frozen=True)
@@ -20,22 +21,30 @@ class Placement:
     reason: str
 
 
-def place(policy: ir.Policy, families: tuple[int, ...]) -> tuple[Placement, ...]:
-    """The placement of a policy's interest and classification, log and classes."""
+def place(policy: ir.Policy, facts: Facts) -> tuple[Placement, ...]:
+    """The placement of a policy's interest and classification, log, classes and updates."""
+
+    def lacking(steps: ir.Steps) -> list[str]:
+        found = []
+        for step in steps:
+            if isinstance(step, ir.Limit):
+                found += lacking(step.otherwise)
+            elif any(step.action.lower(f, facts.protocols) is None for f in facts.families):
+                found.append(str(step.action))
+        return found
 
     def needs_queue(name: str) -> list[str]:
-        steps = policy.process.get(name, ())
-        return [
-            str(step.action)
-            for step in steps
-            if any(step.action.lower(family) is None for family in families)
-        ]
+        return lacking(policy.process.get(name, ()))
 
     placements = [
         Placement(policy.name, "interest, classify", "kernel", "nftables has all its fields")
     ]
-    if policy.counts:
+    if policy.counts or policy.notes:
         placements.append(Placement(policy.name, "log", "kernel", "flow counters are dynamic sets"))
+    if policy.updates:
+        placements.append(
+            Placement(policy.name, "update", "kernel", "learned sets are dynamic sets")
+        )
     for name in policy.classes:
         queued = needs_queue(name)
         reason = (

@@ -1,103 +1,44 @@
 """The meaning of a policy, in plain Python: the oracle for every backend.
 
-`step` takes one packet through one policy, in the paper's order (section 3.2):
-interest, classify, log, process. It works on the checked policy and not on what
-the simplifier made of it, so that the two can be held against each other.
-`traverse` takes a packet past all policies, hook by hook.
+`State.step` takes one packet through one policy, in the paper's order (section
+3.2): interest, classify, log, process, update. It works on the checked policy and
+not on what the simplifier made of it, so that the two can be held against each
+other. `Host.traverse` takes a packet past all policies, hook by hook, with
+connection tracking before them.
 
-State is what the policy learned: its flow tables. `step` changes it in place
-(replaying a capture is the other use of this module) and changes the packet.
-Time is given in seconds by the caller; nothing here reads a clock.
+A policy is turned into Python closures once, since captures of millions of packets
+are replayed; `told` closures do the same and tell of it. State is what a policy
+learned; it is changed in place, and so is the packet. Time is given in seconds by
+the caller; nothing here reads a clock, and chance is seeded.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from random import Random
 from typing import Final
 
 from itmlang import ir
-from itmlang.fields import FIELDS
+from itmlang.conntrack import Conntrack, Tracked
+from itmlang.fields import EGRESS, FIELDS, INGRESS, TRACKING, TRACKING_HOOKS, Field
 from itmlang.packet import Packet
+from itmlang.rates import Bucket
 from itmlang.source import Span
+from itmlang.tables import Buckets, Entry, FlowTable, SetTable, new_bucket
+from itmlang.values import Addresses, Names, Ranges, ValueSet, duration_text
 
 # Which hooks a packet passes (the paper's figure 5), by where it comes from and goes to.
 PATHS: Final[Mapping[str, tuple[str, ...]]] = {
-    "forward": ("prerouting", "forward", "postrouting"),
-    "in": ("prerouting", "input"),
-    "out": ("output", "postrouting"),
+    "forward": (INGRESS, "prerouting", "forward", "postrouting", EGRESS),
+    "in": (INGRESS, "prerouting", "input"),
+    "out": ("output", "postrouting", EGRESS),
 }
+_MANY: Final = 2**64  # no count gets there
+_DRAWN: Final = 10**6  # a random number is one of so many
+
+Predicate = Callable[[Packet, float], bool]
 
 
-@dataclass
-class Entry:
-    """What was logged of one flow; `last` is when, in seconds."""
-
-    packets: int = 0
-    bytes: int = 0
-    last: float = 0.0
-
-
-@dataclass
-class FlowTable:
-    """The entries of one flow, a table for each family if the key has addresses."""
-
-    flow: ir.Flow
-    entries: dict[int, dict[tuple[object, ...], Entry]] = field(default_factory=dict)
-    uncounted: int = 0
-
-    def key(self, packet: Packet) -> tuple[object, ...] | None:
-        """The packet's key, None if it lacks one of the fields."""
-        key = tuple(f.get(packet) for f in self.flow.key)
-        return None if None in key else key
-
-    def _table(self, packet: Packet) -> dict[tuple[object, ...], Entry]:
-        return self.entries.setdefault(packet.family if self.flow.by_address else 0, {})
-
-    def _expired(self, entry: Entry, now: float) -> bool:
-        timeout = self.flow.timeout
-        return timeout is not None and now - entry.last >= timeout / 1000
-
-    def look_up(self, packet: Packet, now: float) -> Entry | None:
-        """What was logged of the packet's flow, None if the packet has no key."""
-        key = self.key(packet)
-        if key is None:
-            return None
-        entry = self._table(packet).get(key)
-        return Entry() if entry is None or self._expired(entry, now) else entry
-
-    def count(self, packet: Packet, now: float) -> Entry | None:
-        """Log the packet; None if it has no key, or if it is new and the table is full."""
-        key = self.key(packet)
-        if key is None:
-            return None
-        table = self._table(packet)
-        entry = table.get(key)
-        if entry is None or self._expired(entry, now):
-            table.pop(key, None)
-            if len(table) >= self.flow.size:
-                for old in [k for k, e in table.items() if self._expired(e, now)]:
-                    del table[old]
-            if len(table) >= self.flow.size:
-                self.uncounted += 1
-                return None
-            entry = table[key] = Entry()
-        entry.packets += 1
-        entry.bytes += packet.length
-        entry.last = now
-        return entry
-
-
-@dataclass
-class State:
-    """All that one policy learned."""
-
-    flows: dict[str, FlowTable]
-
-    @classmethod
-    def of(cls, policy: ir.Policy) -> "State":
-        return cls({flow.name: FlowTable(flow) for flow in policy.flows})
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Line:
     """One thing that happened, at its place in the policy."""
 
@@ -107,59 +48,113 @@ class Line:
     result: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What a policy made of a packet.
 
     `name` is the class, None for the paper's class 0 and for packets without
-    interest. `lines` is the story, empty unless it was asked for.
+    interest. `lines` is the story, empty unless it was asked for; `decided` is the
+    line that gave the class.
     """
 
     interested: bool
     name: str | None
-    verdict: str  # "accept" or "drop"
+    verdict: str  # "accept", "drop" or "reject"
     lines: tuple[Line, ...] = ()
+    decided: Span | None = None
+
+    @property
+    def dropped(self) -> bool:
+        return self.verdict != "accept"
 
 
-def step(
-    policy: ir.Policy, state: State, packet: Packet, now: float, *, told: bool = False
-) -> Outcome:
-    """One packet through one policy; `told` asks for the story."""
-    lines: list[Line] | None = [] if told else None
-    evaluation = _Evaluation(state, packet, now, lines)
-    evaluation.section = "interest"
-    if not evaluation.holds(policy.interest):
-        return Outcome(False, None, "accept", tuple(lines or ()))
-    evaluation.section = "classify"
-    name = None
-    for rule in policy.rules:
-        if rule.condition is None or evaluation.holds(rule.condition):
-            evaluation.tell(rule.span, rule.name)
-            name = rule.name
-            break
-    _log(policy, state, packet, now, lines)
-    verdict = "accept"
-    for use in policy.process.get(name, ()) if name is not None else ():
-        before = packet.tos
-        use.action.run(packet)
-        verdict = use.action.verdict or verdict
+_UNTOUCHED: Final = Outcome(False, None, "accept")
+
+
+class State:
+    """One policy and all that it learned. Learned sets are shared among policies."""
+
+    def __init__(
+        self,
+        policy: ir.Policy,
+        sets: dict[str, SetTable] | None = None,
+        random: Random | None = None,
+    ) -> None:
+        self.policy = policy
+        self.sets = {} if sets is None else sets
+        for one in policy.learned:
+            self.sets.setdefault(one.name, SetTable(one))
+        self.random = random or Random(0)
+        rates, connections = _asked(policy)
+        self.flows = {
+            flow.name: FlowTable(flow, tuple(rates.get(flow.name, ())), flow.name in connections)
+            for flow in policy.flows
+        }
+        self.packets = dict.fromkeys(policy.classes, 0)
+        self.bytes = dict.fromkeys(policy.classes, 0)
+        self.noted = [0] * len(policy.notes)  # packets that were sampled, recorded
+        self._interested = 0
+        self._records = [
+            Bucket(note.amount, note.seconds, False, note.amount)
+            if isinstance(note, ir.Record) else None
+            for note in policy.notes
+        ]  # fmt: skip
+        self._limits: dict[int, Bucket | Buckets] = {}
+        self._draws = any(
+            isinstance(leaf, ir.Test) and leaf.field is FIELDS["random"]
+            for rule in policy.rules for leaf in ir.leaves(rule.condition)
+        )  # fmt: skip
+        self._plain = _Closures(self, None)
+        self._telling: _Closures | None = None
+
+    def step(self, packet: Packet, now: float, *, told: bool = False) -> Outcome:
+        """One packet through the policy; `told` asks for the story."""
+        run = self._plain
+        if told:
+            run = self._telling = self._telling or _Closures(self, [])
+        lines = run.lines
         if lines is not None:
-            change = "" if packet.tos == before else f"tos {before:#04x} -> {packet.tos:#04x}"
-            result = change or use.action.verdict or "no change"
-            lines.append(Line("process", use.span, str(use.action), result))
-    return Outcome(True, name, verdict, tuple(lines or ()))
+            lines.clear()
+        if run.interest is not None and not run.interest(packet, now):
+            return _UNTOUCHED if lines is None else Outcome(False, None, "accept", tuple(lines))
+        for table in self.flows.values():
+            table.forget()
+        if self._draws:
+            packet.draw = self.random.randrange(_DRAWN)
+        found: ir.ClassRule | None = None
+        for predicate, rule in run.rules:
+            if predicate is None or predicate(packet, now):
+                found = rule
+                break
+        name = None
+        if found is not None:
+            name = found.name
+            self.packets[name] += 1
+            self.bytes[name] += packet.length
+            run.tell("classify", found.span, found.name)
+        for count in self.policy.counts:
+            self._count(count, packet, now, lines)
+        if self.policy.notes:
+            self._note(packet, now, run)
+        verdict = ""
+        if name is not None:
+            verdict = self._process(self.policy.process.get(name, ()), packet, now, run)
+        for update, predicate in run.updates:
+            if predicate is None or predicate(packet, now):
+                self._update(update, packet, now, run)
+        if lines is None:
+            return run.outcomes[name, verdict or "accept"]
+        decided = found.span if found is not None else None
+        return Outcome(True, name, verdict or "accept", tuple(lines), decided)
 
-
-def _log(
-    policy: ir.Policy, state: State, packet: Packet, now: float, lines: list[Line] | None
-) -> None:
-    for count in policy.counts:
-        table = state.flows[count.flow.name]
+    def _count(self, count: ir.Count, packet: Packet, now: float, lines: list[Line] | None) -> None:
+        table = self.flows[count.flow.name]
+        if lines is None:
+            table.count(packet, now)
+            return
         before = table.look_up(packet, now)
         packets = before.packets if before is not None else 0
         after = table.count(packet, now)
-        if lines is None:
-            continue
         if before is None:
             result = "not counted: the packet lacks a field of the key"
         elif after is None:
@@ -168,74 +163,307 @@ def _log(
             result = f"packets {packets} -> {after.packets}, bytes {after.bytes}"
         lines.append(Line("log", count.span, f"count {count.flow.name}", result))
 
+    def _note(self, packet: Packet, now: float, run: "_Closures") -> None:
+        for index, (note, bucket) in enumerate(zip(self.policy.notes, self._records, strict=True)):
+            if isinstance(note, ir.Sample):
+                taken = self._interested % note.many == 0
+            else:
+                taken = bucket is not None and not bucket.over(packet.length, now)
+            self.noted[index] += taken
+            run.tell("log", note.span, " ".join(note.span.text.split()), "yes" if taken else "no")
+        self._interested += 1
 
-@dataclass
-class _Evaluation:
-    """Conditions, asked of one packet; logic is two-valued."""
+    def _process(self, steps: ir.Steps, packet: Packet, now: float, run: "_Closures") -> str:
+        """Do the steps; the verdict, "" if they give none."""
+        for step in steps:
+            if isinstance(step, ir.Limit):
+                over = self._bucket(step).over(packet.length if step.flow is None else packet, now)  # type: ignore[arg-type]
+                run.tell("process", step.span, _head(step.span), "over" if over else "within")
+                if over:
+                    verdict = self._process(step.otherwise, packet, now, run)
+                    if verdict:
+                        return verdict
+                continue
+            action = step.action
+            if run.lines is not None:
+                _tell_action(step, packet, run)
+            else:
+                action.run(packet)
+            if action.verdict:
+                return action.verdict
+        return ""
 
-    state: State
-    packet: Packet
-    now: float
-    lines: list[Line] | None
-    section: str = ""
+    def _bucket(self, limit: ir.Limit) -> "Bucket | Buckets":
+        found = self._limits.get(id(limit))
+        if found is None:
+            if limit.flow is None:
+                found = new_bucket(limit)
+            else:
+                found = Buckets(limit, self.flows[limit.flow.name])
+            self._limits[id(limit)] = found
+        return found
 
-    def tell(self, span: Span, text: str, result: str = "") -> None:
+    def _update(
+        self, update: ir.Addition | ir.Removal, packet: Packet, now: float, run: "_Closures"
+    ) -> None:
+        value = update.field.get(packet)
+        text = " ".join(update.span.text.split())
+        if value is None:
+            run.tell("update", update.span, text, f"the packet has no {update.field.name}")
+            return
+        table = self.sets[update.set.name]
+        shown = update.field.type.text(value)
+        if isinstance(update, ir.Removal):
+            table.remove(value)
+            run.tell("update", update.span, text, f"{shown} is out")
+        elif table.add(value, now, update.timeout, self.policy.name):
+            time = update.set.timeout if update.timeout is None else update.timeout
+            until = "for ever" if time is None else f"for {duration_text(time)}"
+            run.tell("update", update.span, text, f"{shown} is in, {until}")
+        else:
+            run.tell("update", update.span, text, f"{shown} finds no room")
+
+
+def _asked(policy: ir.Policy) -> tuple[dict[str, list[tuple[str, int]]], set[str]]:
+    """The rates that conditions ask of each flow, and the flows whose connections they ask."""
+    rates: dict[str, list[tuple[str, int]]] = {}
+    connections: set[str] = set()
+    for leaf in (leaf for c in policy.conditions for leaf in ir.leaves(c)):
+        if isinstance(leaf, ir.FlowTest) and leaf.attribute.endswith("_rate"):
+            asked = rates.setdefault(leaf.flow.name, [])
+            rate = (leaf.attribute, _side(leaf)[0])
+            asked += [rate] if rate not in asked else []
+        elif isinstance(leaf, ir.FlowTest) and leaf.attribute == "connections":
+            connections.add(leaf.flow.name)
+    return rates, connections
+
+
+def _side(test: ir.FlowTest) -> tuple[int, bool]:
+    """(threshold, whether the test holds above it) of a test of a rate."""
+    low, high = test.values.spans[0]
+    return (high, False) if low == 0 else (low - 1, True)
+
+
+def _head(span: Span) -> str:
+    """What is written up to a brace, on one line."""
+    return " ".join(span.text.partition("{")[0].split())
+
+
+def _tell_action(step: ir.Step, packet: Packet, run: "_Closures") -> None:
+    before, mark = bytes(packet.data), packet.mark
+    tos = packet.tos
+    step.action.run(packet)
+    if packet.tos != tos:
+        change = f"tos {tos:#04x} -> {packet.tos:#04x}"
+    elif packet.mark != mark:
+        change = f"mark {mark:#x} -> {packet.mark:#x}"
+    else:
+        change = "changed" if packet.data != before else ""
+    run.tell("process", step.span, str(step.action), change or step.action.verdict or "no change")
+
+
+class _Closures:
+    """A policy's conditions as closures; with `lines`, they tell what they find."""
+
+    def __init__(self, state: State, lines: list[Line] | None) -> None:
+        self.state, self.lines = state, lines
+        policy = state.policy
+        self.section = "interest"
+        # Without an interest there is nothing to ask.
+        self.interest = self.predicate(policy.interest) if policy.interest.terms else None
+        self.section = "classify"
+        self.rules = [
+            (None if rule.condition is None else self.predicate(rule.condition), rule)
+            for rule in policy.rules
+        ]
+        self.section = "update"
+        self.updates = [
+            (one, None if one.condition is None else self.predicate(one.condition))
+            for one in policy.updates
+        ]
+        self.outcomes = {
+            (name, verdict): Outcome(True, name, verdict)
+            for name in (None, *policy.classes)
+            for verdict in ("accept", "drop", "reject")
+        }
+
+    def tell(self, section: str, span: Span, text: str, result: str = "") -> None:
         if self.lines is not None:
-            self.lines.append(Line(self.section, span, text, result))
+            self.lines.append(Line(section, span, text, result))
 
-    def holds(self, condition: ir.Condition) -> bool:
+    def predicate(self, condition: ir.Condition) -> Predicate:
+        """The condition as a function of (packet, now); logic is two-valued."""
         match condition:
             case ir.And():
-                return all(self.holds(term) for term in condition.terms)
+                return _all([self.predicate(term) for term in condition.terms])
             case ir.Or():
-                return any(self.holds(term) for term in condition.terms)
+                return _any([self.predicate(term) for term in condition.terms])
             case ir.Not():
-                return not self.holds(condition.term)
+                term = self.predicate(condition.term)
+                return lambda packet, now: not term(packet, now)
             case ir.Test():
-                value = condition.field.get(self.packet)
-                result = value is not None and value in condition.values  # type: ignore[operator]
-                self._tell_field(condition.span, condition.field.name, value, result)
+                get = self._getter(condition.field)
+                contains = _membership(condition.values)
+                leaf: Predicate = lambda packet, now: (  # noqa: E731
+                    (value := get(packet)) is not None and contains(value)
+                )
+                return self._told(leaf, condition.span, self._field_told(condition.field))
             case ir.Bits():
-                value = condition.field.get(self.packet)
-                result = isinstance(value, int) and bool(value & condition.mask)
-                self._tell_field(condition.span, condition.field.name, value, result)
+                get, mask = condition.field.get, condition.mask
+
+                def bits(packet: Packet, now: float) -> bool:
+                    value = get(packet)
+                    return isinstance(value, int) and bool(value & mask)
+
+                return self._told(bits, condition.span, self._field_told(condition.field))
+            case ir.Member():
+                get, table = condition.field.get, self.state.sets[condition.set.name]
+
+                def member(packet: Packet, now: float) -> bool:
+                    value = get(packet)
+                    return value is not None and table.has(value, now)
+
+                return self._told(member, condition.span, self._field_told(condition.field))
             case ir.FlowTest():
-                number = self._logged(condition.flow, condition.attribute)
-                result = number is not None and number in condition.values
-                name = f"{condition.flow.name}.{condition.attribute}"
-                self._tell_number(condition.span, name, number, result)
+                return self._flow_test(condition)
             case ir.Over():
-                number = self._logged(condition.flow, condition.attribute)
-                result = number is not None and number > condition.threshold
-        return result
+                above = Ranges(_MANY, ((condition.threshold + 1, _MANY),))
+                attribute, flow = condition.attribute, condition.flow
+                return self._flow_test(ir.FlowTest(flow, attribute, above, condition.span))
 
-    def _logged(self, flow: ir.Flow, attribute: str) -> int | None:
-        entry = self.state.flows[flow.name].look_up(self.packet, self.now)
-        if entry is None:
-            return None
-        return entry.packets if attribute == "packets" else entry.bytes
+    def _getter(self, field: Field) -> Callable[[Packet], object]:
+        if field is FIELDS["random"] and self.section == "update":
+            # After the classes, each question is a draw of its own.
+            random = self.state.random
 
-    def _tell_number(self, span: Span, name: str, number: int | None, result: bool) -> None:
-        if self.lines is None:
-            return
-        shown = "the packet lacks a field of the key" if number is None else f"{name} is {number}"
-        self.tell(span, " ".join(span.text.split()), f"{_yes(result)} ({shown})")
+            def drawn(packet: Packet) -> object:
+                packet.draw = random.randrange(_DRAWN)
+                return packet.draw
 
-    def _tell_field(self, span: Span, name: str, value: object, result: bool) -> None:
-        if self.lines is None:
-            return
-        if value is None:
-            shown = f"the packet has no {name}"
-        else:
-            shown = f"{name} is {FIELDS[name].type.text(value)}"  # type: ignore[arg-type]
-        self.tell(span, " ".join(span.text.split()), f"{_yes(result)} ({shown})")
+            return drawn
+        return field.get
+
+    def _flow_test(self, test: ir.FlowTest) -> Predicate:
+        table, attribute = self.state.flows[test.flow.name], test.attribute
+        if attribute.endswith("_rate"):
+            threshold, above = _side(test)
+            asked = attribute, threshold
+
+            def rate(packet: Packet, now: float) -> bool:
+                entry = table.look_up(packet, now)
+                if entry is None:
+                    return False
+                over = entry.over is not None and entry.over.get(asked, 0.0) > now
+                return over == above
+
+            return self._told(rate, test.span, self._flow_told(table, attribute))
+        number, contains = _ATTRIBUTES[attribute], _membership(test.values)
+
+        def counted(packet: Packet, now: float) -> bool:
+            entry = table.look_up(packet, now)
+            return entry is not None and contains(number(entry, now))
+
+        return self._told(counted, test.span, self._flow_told(table, attribute))
+
+    # The story.
+
+    def _told(
+        self, leaf: Predicate, span: Span, shown: Callable[[Packet, float], str]
+    ) -> Predicate:
+        lines, section = self.lines, self.section
+        if lines is None:
+            return leaf
+
+        def telling(packet: Packet, now: float) -> bool:
+            result = leaf(packet, now)
+            why = f"{'yes' if result else 'no'} ({shown(packet, now)})"
+            lines.append(Line(section, span, " ".join(span.text.split()), why))
+            return result
+
+        return telling
+
+    @staticmethod
+    def _field_told(field: Field) -> Callable[[Packet, float], str]:
+        def shown(packet: Packet, now: float) -> str:
+            value = field.get(packet)
+            if value is None:
+                return f"the packet has no {field.name}"
+            return f"{field.name} is {field.type.text(value)}"
+
+        return shown
+
+    @staticmethod
+    def _flow_told(table: FlowTable, attribute: str) -> Callable[[Packet, float], str]:
+        name = f"{table.flow.name}.{attribute.removeprefix('byte_').removeprefix('packet_')}"
+
+        def shown(packet: Packet, now: float) -> str:
+            entry = table.look_up(packet, now)
+            if entry is None:
+                return "the packet lacks a field of the key"
+            if attribute.endswith("_rate"):
+                over = entry.over is not None and any(end > now for end in entry.over.values())
+                return f"{name} is {'over' if over else 'not over'}"
+            if attribute == "age":
+                return f"{name} is {duration_text(max(0, _age(entry, now) - 1))}"
+            return f"{name} is {_ATTRIBUTES[attribute](entry, now)}"
+
+        return shown
 
 
-def _yes(result: bool) -> str:
-    return "yes" if result else "no"
+def _age(entry: Entry, now: float) -> int:
+    """Milliseconds since the flow's first packet; a flow is past a threshold that it reaches."""
+    return int((now - entry.first) * 1000) + 1 if entry.packets else 0
 
 
-@dataclass(frozen=True)
+_ATTRIBUTES: Final[Mapping[str, Callable[[Entry, float], int]]] = {
+    "packets": lambda entry, now: entry.packets,
+    "bytes": lambda entry, now: entry.bytes,
+    "age": _age,
+    "connections": lambda entry, now: entry.connections,
+}
+
+
+def _all(terms: list[Predicate]) -> Predicate:
+    if len(terms) == 1:
+        return terms[0]
+
+    def every(packet: Packet, now: float) -> bool:
+        for term in terms:  # noqa: SIM110  a generator takes twice the time
+            if not term(packet, now):
+                return False
+        return True
+
+    return every
+
+
+def _any(terms: list[Predicate]) -> Predicate:
+    if len(terms) == 1:
+        return terms[0]
+
+    def some(packet: Packet, now: float) -> bool:
+        for term in terms:  # noqa: SIM110
+            if term(packet, now):
+                return True
+        return False
+
+    return some
+
+
+def _membership(found: ValueSet) -> Callable[[object], bool]:
+    """Whether a value is in the set, in the fastest way for its form."""
+    match found:
+        case Ranges(spans=((low, high),)):
+            return lambda value: low <= value <= high  # type: ignore[operator]
+        case Ranges() if found.limit <= 0xFFFF:
+            return frozenset(n for lo, hi in found.spans for n in range(lo, hi + 1)).__contains__
+        case Ranges() | Addresses() | Names():
+            return found.__contains__  # type: ignore[return-value]
+
+
+# A host: several policies.
+
+
+@dataclass(frozen=True, slots=True)
 class Visit:
     """One policy's turn with a packet at a hook."""
 
@@ -245,28 +473,112 @@ class Visit:
 
 
 def at_hook(policies: Iterable[ir.Policy], hook: str) -> list[ir.Policy]:
-    """The policies at a hook in the order they run: by priority, then as given."""
+    """The policies at a hook (with its device) in the order they run: by priority, then as given."""
     return sorted((p for p in policies if hook in p.hooks), key=lambda p: p.priority)
 
 
-def traverse(
-    policies: Sequence[ir.Policy],
-    states: Mapping[str, State],
-    packet: Packet,
-    path: str,
-    now: float,
-    *,
-    told: bool = False,
-) -> list[Visit]:
-    """A packet past all policies on a path (a key of `PATHS`); a dropped one goes no further.
+def tracks(policy: ir.Policy) -> bool:
+    """Does the policy ask connection tracking anything?"""
+    asked = (leaf for c in policy.conditions for leaf in ir.leaves(c))
+    if any(flow.key == (FIELDS["connection"],) for flow in policy.flows):
+        return True
+    return any(
+        leaf.attribute == "connections"
+        if isinstance(leaf, ir.FlowTest)
+        else not isinstance(leaf, ir.Over) and leaf.field.name.startswith("ct.")
+        for leaf in asked
+    )
 
-    Nothing is routed and the TTL stays. What one policy changes the next one sees.
-    """
-    visits: list[Visit] = []
-    for hook in PATHS[path]:
-        for policy in at_hook(policies, hook):
-            outcome = step(policy, states[policy.name], packet, now, told=told)
-            visits.append(Visit(hook, policy, outcome))
-            if outcome.verdict == "drop":
-                return visits
-    return visits
+
+@dataclass
+class Host:
+    """The policies of a traffic manager and what they learned; chance begins at `seed`."""
+
+    policies: Sequence[ir.Policy]
+    seed: int = 0
+    states: dict[str, State] = field(init=False)
+    sets: dict[str, SetTable] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        random = Random(self.seed)
+        self.states = {p.name: State(p, self.sets, random) for p in self.policies}
+        self._conntrack = Conntrack() if any(map(tracks, self.policies)) else None
+        self._at: dict[tuple[str, str | None], list[tuple[State, str]]] = {}
+        self._ways: dict[
+            tuple[str, str | None, str | None], list[Callable[[Packet, float], Outcome]]
+        ] = {}
+
+    def _states(self, kind: str, device: str | None) -> list[tuple[State, str]]:
+        """The states at a hook with the hook's full name, in the order they run."""
+        found = self._at.get((kind, device))
+        if found is None:
+            name = f'{kind} "{device}"' if kind in (INGRESS, EGRESS) else kind
+            found = [(self.states[p.name], name) for p in at_hook(self.policies, name)]
+            self._at[kind, device] = found
+        return found
+
+    def traverse(
+        self,
+        packet: Packet,
+        path: str,
+        now: float,
+        *,
+        told: bool = False,
+        before: Callable[[str, Packet], None] | None = None,
+    ) -> list[Visit]:
+        """A packet past all policies on a path (a key of `PATHS`); a dropped one goes no further.
+
+        Nothing is routed and the TTL stays, unless `before`, called ahead of each
+        hook, does it. What one policy changes the next one sees.
+        """
+        visits: list[Visit] = []
+        tracked: Tracked | None = None
+        for kind in PATHS[path]:
+            if before is not None:
+                before(kind, packet)
+            device = {INGRESS: packet.input, EGRESS: packet.output}.get(kind)
+            for state, hook in self._states(kind, device):
+                if tracked is None and kind in TRACKING_HOOKS and state.policy.priority >= TRACKING:
+                    tracked = self._track(packet, now)
+                outcome = state.step(packet, now, told=told)
+                visits.append(Visit(hook, state.policy, outcome))
+                if outcome.verdict != "accept":
+                    return visits
+            if tracked is None and kind in TRACKING_HOOKS:
+                tracked = self._track(packet, now)
+        if tracked is not None and self._conntrack is not None:
+            self._conntrack.confirm(tracked, now)
+        return visits
+
+    def pass_on(self, packet: Packet, path: str, now: float) -> str:
+        """Like `traverse`, but only the verdict comes of it: for many packets."""
+        at = self._ways.get((path, packet.input, packet.output))
+        if at is None:
+            at = self._way(path, packet.input, packet.output)
+        if self._conntrack is not None:
+            visits = self.traverse(packet, path, now)
+            return visits[-1].outcome.verdict if visits else "accept"
+        for step in at:
+            verdict = step(packet, now).verdict
+            if verdict != "accept":
+                return verdict
+        return "accept"
+
+    def _way(
+        self, path: str, entering: str | None, leaving: str | None
+    ) -> list[Callable[[Packet, float], Outcome]]:
+        """The steps of all policies on a path, in order."""
+        devices = {INGRESS: entering, EGRESS: leaving}
+        way: list[Callable[[Packet, float], Outcome]] = [
+            s.step for kind in PATHS[path] for s, _ in self._states(kind, devices.get(kind))
+        ]
+        self._ways[path, entering, leaving] = way
+        return way
+
+    def _track(self, packet: Packet, now: float) -> Tracked | None:
+        if self._conntrack is None:
+            return None
+        tracked = self._conntrack.track(packet, now)
+        packet.ct_state, packet.ct_direction = tracked.state, tracked.direction
+        packet.connection = tracked.connection
+        return tracked

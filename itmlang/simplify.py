@@ -10,19 +10,23 @@ Negation is the delicate part. A test is false on a packet without the field, so
 where every packet has the field may the set be complemented.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 from itmlang import ir, values
 from itmlang.diagnostics import Findings
-from itmlang.fields import FIELDS, Field
+from itmlang.fields import FIELDS, Field, hook_kind
 from itmlang.source import Span
 from itmlang.values import FAMILIES, IPV4, Addresses, InexpressibleError, Ranges, ValueSet
 
 # In a policy with more rules than this, only equal conditions are looked for among earlier classes.
 MOST_COMPARED: Final = 500
 
+
+# A random number is one of a million; this many intervals of them can be told apart.
+MOST_DRAWN: Final = 10**6 - 1
+MOST_DRAWS: Final = 16
 
 ANY_PROTOCOL: Final = Ranges(255, ((0, 255),))
 
@@ -37,10 +41,14 @@ class Facts:
     protocol_known: bool = False  # no packet lacks the field `protocol`
     interested: bool = False  # the packets have passed the interest
     fragments: bool = False  # all are later fragments, so without transport header
+    diverted: bool = False  # none is one
+    draws: tuple[int, int] | None = None  # the random numbers that they have
 
     def always_has(self, field: Field) -> bool:
         """Does every packet have the field?"""
-        if any(field.hooks.get(hook) != "all" for hook in self.hooks):
+        if any(field.hooks.get(hook_kind(hook)) != "all" for hook in self.hooks):
+            return False
+        if not all(field.in_family(family) for family in self.families):
             return False
         if field is FIELDS["protocol"]:
             return self.protocol_known or self.families == (IPV4,)
@@ -48,12 +56,30 @@ class Facts:
 
 
 @dataclass(frozen=True)
+class Draw:
+    """The classes for the packets whose random number lies between two others."""
+
+    low: int
+    high: int
+    rules: tuple[ir.ClassRule, ...]
+
+
+@dataclass(frozen=True)
 class Variant:
-    """The conditions of a policy for some of its packets, and what is known of these."""
+    """The conditions of a policy for some of its packets, and what is known of these.
+
+    Where classes ask for `random`, each interval between the numbers that they name
+    has its own rules, so that all of them see the same number.
+    """
 
     facts: Facts
     interest: ir.Condition
-    rules: tuple[ir.ClassRule, ...]
+    draws: tuple[Draw, ...]
+    updates: tuple[ir.Addition | ir.Removal, ...]
+
+    @property
+    def rules(self) -> tuple[ir.ClassRule, ...]:
+        return tuple(rule for draw in self.draws for rule in draw.rules)
 
 
 @dataclass(frozen=True)
@@ -73,23 +99,33 @@ class Simplified:
     def variants(self) -> tuple[Variant, ...]:
         return (self.whole,) if self.fragments is None else (self.whole, self.fragments)
 
+    def tests(self) -> Iterator[ir.Test]:
+        """All tests of fields."""
+        for variant in self.variants:
+            asked = (*variant.rules, *variant.updates)
+            for condition in (variant.interest, *(a.condition for a in asked)):
+                yield from (leaf for leaf in ir.leaves(condition) if isinstance(leaf, ir.Test))
+
 
 def simplify(policy: ir.Policy, findings: Findings) -> Simplified:
     """Simplify one policy; what can never match is warned about."""
     whole = _variant(policy, Facts(policy.hooks), findings)
-    conditions = [whole.interest, *(r.condition for r in whole.rules if r.condition is not None)]
-    fragments = None
-    if any(asks_transport(condition) for condition in conditions):
-        # What is said of all other packets needs no repeating.
-        fragments = _variant(policy, Facts(policy.hooks, fragments=True), Findings())
+    asked = [*whole.rules, *whole.updates]
+    conditions = [whole.interest, *(a.condition for a in asked if a.condition is not None)]
+    learns = any(update.field.protocols is not None for update in whole.updates)
+    if not learns and not any(asks_transport(condition) for condition in conditions):
+        return Simplified(policy, whole, None)
+    # What was said of the policy as a whole needs no repeating.
+    whole = _variant(policy, Facts(policy.hooks, diverted=True), Findings())
+    fragments = _variant(policy, Facts(policy.hooks, fragments=True), Findings())
     return Simplified(policy, whole, fragments)
 
 
 def asks_transport(condition: ir.Condition) -> bool:
-    """Does the condition look at a transport header?"""
+    """Does the condition look at a transport header, or whether there is none?"""
     match condition:
-        case ir.Test() | ir.Bits():
-            return condition.field.protocols is not None
+        case ir.Test() | ir.Bits() | ir.Member():
+            return condition.field.protocols is not None or condition.field is FIELDS["fragment"]
         case ir.Over() | ir.FlowTest():
             return keyed_by_transport(condition.flow)
         case ir.Not():
@@ -110,10 +146,56 @@ def _variant(policy: ir.Policy, outside: Facts, findings: Findings) -> Variant:
             "W005",
             f"the interest of `{policy.name}` matches no packet",
             policy.interest.span,
-            help="its fields are and-ed: one of them rules out what another one asks for",
+            help="its fields are and-ed: one of them rules out what another one asks for"
+            if len(conjuncts(policy.interest)) > 1
+            else "",
         )
-        return Variant(facts, FALSE(policy.interest.span), ())
-    return Variant(facts, interest, _rules(policy, facts, findings))
+        return Variant(facts, FALSE(policy.interest.span), (Draw(0, MOST_DRAWN, ()),), ())
+    draws = []
+    for low, high in _draws(policy, findings):
+        drawn = replace(facts, draws=(low, high))
+        # A class that one interval lacks may be in another one.
+        told = findings if (low, high) == (0, MOST_DRAWN) else Findings()
+        draws.append(Draw(low, high, _rules(policy, drawn, told)))
+    return Variant(facts, interest, tuple(draws), _updates(policy, facts))
+
+
+def _draws(policy: ir.Policy, findings: Findings) -> list[tuple[int, int]]:
+    """The intervals of random numbers that the classes tell apart."""
+    cuts = {0}
+    span = policy.span
+    for leaf in (leaf for rule in policy.rules for leaf in ir.leaves(rule.condition)):
+        if isinstance(leaf, ir.Test) and leaf.field is FIELDS["random"]:
+            assert isinstance(leaf.values, Ranges)
+            span = leaf.span
+            for low, high in leaf.values.spans:
+                cuts |= {low, high + 1}
+    starts = sorted(cut for cut in cuts if cut <= MOST_DRAWN)
+    if len(starts) > MOST_DRAWS:
+        findings.error(
+            "E036",
+            f"the classes tell {len(starts)} intervals of `random` apart, the most are {MOST_DRAWS}",
+            span,
+            help="use fewer different percentages",
+        )
+        return []
+    return list(zip(starts, [*(s - 1 for s in starts[1:]), MOST_DRAWN], strict=True))
+
+
+def _updates(policy: ir.Policy, facts: Facts) -> tuple[ir.Addition | ir.Removal, ...]:
+    """The updates that can happen, their conditions in simple form."""
+    simplifier = _Simplifier(policy, facts)
+    kept = []
+    for update in policy.updates:
+        if simplifier.ruled_out(update.field):
+            continue
+        condition = None
+        if update.condition is not None:
+            condition = simplifier.condition(update.condition)
+            if is_false(condition):
+                continue
+        kept.append(replace(update, condition=condition))
+    return tuple(kept)
 
 
 def TRUE(span: Span) -> ir.Condition:
@@ -145,15 +227,16 @@ def _facts(interest: ir.Condition, facts: Facts) -> Facts:
     families = set(facts.families)
     protocols, known = facts.protocols, facts.protocol_known
     for term in conjuncts(interest):
-        if not isinstance(term, ir.Test):
+        if not isinstance(term, ir.Test | ir.Member):
             continue
-        match term.values:
+        found = term.values if isinstance(term, ir.Test) else None
+        match found:
             case Addresses():
-                families &= {f for f in FAMILIES if not term.values.family(f).empty}
+                families &= {f for f in FAMILIES if not found.family(f).empty}
             case Ranges() if term.field is FIELDS["family"]:
-                families &= {f for f in FAMILIES if (0 if f == IPV4 else 1) in term.values}
+                families &= {f for f in FAMILIES if (0 if f == IPV4 else 1) in found}
             case Ranges() if term.field is FIELDS["protocol"]:
-                protocols, known = protocols.intersection(term.values), True
+                protocols, known = protocols.intersection(found), True
             case _:
                 pass
         if term.field.protocols is not None:
@@ -188,7 +271,10 @@ def _rules(policy: ir.Policy, facts: Facts, findings: Findings) -> tuple[ir.Clas
             (k for k in compared if k.condition and _implies(condition, k.condition)), None
         )
         if is_false(condition):
-            findings.warning("W004", f"no packet can be `{rule.name}` here", rule.span)
+            findings.warning(
+                "W004", f"no packet can be `{rule.name}` here", rule.span,
+                help="its condition contradicts itself, the interest, or what is counted",
+            )  # fmt: skip
         elif earlier is not None:
             findings.warning(
                 "W001",
@@ -210,6 +296,8 @@ def _shape(condition: ir.Condition) -> object:
     match condition:
         case ir.Test():
             return ("test", condition.field.name, condition.values)
+        case ir.Member():
+            return ("member", condition.field.name, condition.set.name)
         case ir.Bits():
             return ("bits", condition.field.name, condition.mask)
         case ir.FlowTest():
@@ -236,6 +324,8 @@ def _implies(a: ir.Condition, b: ir.Condition) -> bool:
         case ir.Test(), ir.Test():
             if a.field is not b.field:
                 return False
+            if a.named is not None or b.named is not None:  # these may be large
+                return a.values == b.values
             try:
                 return values.intersection(a.values, b.values) == a.values
             except InexpressibleError:
@@ -266,10 +356,13 @@ class _Simplifier:
             case ir.Test():
                 return self._test(condition, negate)
             case ir.Bits():
-                if self._ruled_out(condition.field) or not condition.mask:
+                if self.ruled_out(condition.field) or not condition.mask:
+                    return self._constant(negate, condition.span)
+            case ir.Member():
+                if self.ruled_out(condition.field):
                     return self._constant(negate, condition.span)
             case ir.Over():
-                if any(self._ruled_out(field) for field in condition.flow.key):
+                if any(self.ruled_out(field) for field in condition.flow.key):
                     return self._constant(negate, condition.span)
         return ir.Not(condition, condition.span) if negate else condition
 
@@ -277,15 +370,19 @@ class _Simplifier:
     def _constant(value: bool, span: Span) -> ir.Condition:
         return TRUE(span) if value else FALSE(span)
 
-    def _ruled_out(self, field: Field) -> bool:
-        """Does no packet have the field, by its protocol?"""
+    def ruled_out(self, field: Field) -> bool:
+        """Does no packet have the field, by its family or its protocol?"""
+        if not any(field.in_family(family) for family in self.facts.families):
+            return True
         if field.protocols is None:
             return False
         return self.facts.fragments or not any(p in self.facts.protocols for p in field.protocols)
 
     def _test(self, test: ir.Test, negate: bool) -> ir.Condition:
+        if test.field is FIELDS["fragment"] and not (self.facts.fragments or self.facts.diverted):
+            return ir.Not(test, test.span) if negate else test  # only asked whether it is asked
         found, full = self._possible(test)
-        if found.empty or self._ruled_out(test.field):
+        if found.empty or self.ruled_out(test.field):
             return self._constant(negate, test.span)
         always = self.facts.always_has(test.field)
         if full and always:
@@ -309,6 +406,17 @@ class _Simplifier:
             case Ranges() if self.facts.interested and test.field is FIELDS["protocol"]:
                 found = test.values.intersection(self.facts.protocols)
                 return found, found == self.facts.protocols
+            case Ranges() if test.field is FIELDS["fragment"] and (
+                self.facts.fragments or self.facts.diverted
+            ):
+                possible = Ranges.of(1, [(int(self.facts.fragments),) * 2])
+                found = test.values.intersection(possible)
+                return found, found == possible
+            case Ranges() if test.field is FIELDS["random"]:
+                # 100% is a number that is never drawn.
+                drawn = self.facts.draws or (0, MOST_DRAWN)
+                found = test.values.intersection(Ranges(MOST_DRAWN, (drawn,)))
+                return found, found.spans == (drawn,)
             case Ranges() if self.facts.interested and test.field is FIELDS["family"]:
                 possible = Ranges.of(1, [(0 if f == IPV4 else 1,) * 2 for f in self.facts.families])
                 found = test.values.intersection(possible)
@@ -364,7 +472,7 @@ class _Simplifier:
             match term:
                 case ir.Test(values=Ranges() as found) if term.field is FIELDS["protocol"]:
                     possible = possible.intersection(found)
-                case ir.Test() | ir.Bits():
+                case ir.Test() | ir.Bits() | ir.Member():
                     possible = possible.intersection(_protocols_of(term.field))
                 case ir.Over():
                     for field in term.flow.key:
@@ -405,8 +513,10 @@ def _merge(
     merged: dict[object, ir.Condition] = {}
     for term in terms:
         match term:
+            case ir.Test() if term.named is not None or term.field is FIELDS["random"]:
+                key: object = _shape(term)  # a named set keeps its name, a draw is drawn
             case ir.Test():
-                key: object = ("test", term.field.name)
+                key = ("test", term.field.name)
                 old = merged.get(key)
                 if isinstance(old, ir.Test):
                     try:

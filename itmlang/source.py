@@ -58,6 +58,9 @@ class Span:
     def text(self) -> str:
         return self.source.text[self.start : self.end]
 
+    def contains(self, other: "Span") -> bool:
+        return self.source is other.source and self.start <= other.start and other.end <= self.end
+
     def to(self, other: "Span") -> "Span":
         """The span from the start of this one to the end of the other."""
         return Span(self.source, self.start, max(self.end, other.end))

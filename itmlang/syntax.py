@@ -5,6 +5,7 @@ up here and values have no types yet.
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 from itmlang.source import Source, Span
 
@@ -20,10 +21,10 @@ class Name:
 
 @dataclass(frozen=True)
 class Number:
-    """An integer, with the unit that stood behind it ("" for none)."""
+    """A number, with the unit that stood behind it ("" for none)."""
 
     span: Span
-    value: int
+    value: int | Fraction
     unit: str = ""
 
 
@@ -52,6 +53,14 @@ class Word:
 
 
 @dataclass(frozen=True)
+class SetName:
+    """`@name`, without its sign."""
+
+    span: Span
+    text: str
+
+
+@dataclass(frozen=True)
 class Sum:
     span: Span
     terms: tuple["Value", ...]
@@ -70,7 +79,7 @@ class Listing:
     items: tuple["Value", ...]
 
 
-Value = Number | Address | Text | Word | Sum | Interval | Listing
+Value = Number | Address | Text | Word | SetName | Sum | Interval | Listing
 
 
 # Conditions.
@@ -93,6 +102,14 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Asserted:
+    """A field alone: it is true (`fragment`)."""
+
+    span: Span
+    field: FieldName
+
+
+@dataclass(frozen=True)
 class Negation:
     span: Span
     term: "Condition"
@@ -110,7 +127,7 @@ class AnyOf:
     terms: tuple["Condition", ...]
 
 
-Condition = Comparison | Negation | AllOf | AnyOf
+Condition = Comparison | Asserted | Negation | AllOf | AnyOf
 
 
 # The statements of a policy.
@@ -144,7 +161,9 @@ class Interest:
 
 
 @dataclass(frozen=True)
-class FlowOption:
+class SizeOption:
+    """How long and how many entries a table holds."""
+
     span: Span
     name: str  # "timeout" or "max"
     value: Value
@@ -155,7 +174,7 @@ class Flow:
     span: Span
     name: Name
     key: tuple[FieldName, ...]
-    options: tuple[FlowOption, ...]
+    options: tuple[SizeOption, ...]
 
 
 @dataclass(frozen=True)
@@ -180,9 +199,28 @@ class Count:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """`sample ONE in MANY group GROUP`."""
+
+    span: Span
+    one: Value
+    many: Value
+    group: Value | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """`record "prefix" at most RATE`."""
+
+    span: Span
+    prefix: Text
+    rate: Value | None
+
+
+@dataclass(frozen=True)
 class Log:
     span: Span
-    counts: tuple[Count, ...]
+    entries: tuple[Count | Sample | Record, ...]
 
 
 @dataclass(frozen=True)
@@ -195,16 +233,54 @@ class Action:
 
 
 @dataclass(frozen=True)
+class Limit:
+    """`limit RATE burst N per FLOW else { … }`; `otherwise` is None without an `else`."""
+
+    span: Span
+    rate: Value
+    burst: Value | None
+    flow: Name | None
+    otherwise: tuple["Action | Limit", ...] | None
+
+
+@dataclass(frozen=True)
 class ClassBlock:
     span: Span
     name: Name
-    actions: tuple[Action, ...]
+    actions: tuple[Action | Limit, ...]
 
 
 @dataclass(frozen=True)
 class Process:
     span: Span
     blocks: tuple[ClassBlock, ...]
+
+
+@dataclass(frozen=True)
+class Addition:
+    """`add FIELD to @set for DURATION when CONDITION`."""
+
+    span: Span
+    field: FieldName
+    set: SetName
+    duration: Value | None
+    condition: Condition | None
+
+
+@dataclass(frozen=True)
+class Removal:
+    """`remove FIELD from @set when CONDITION`."""
+
+    span: Span
+    field: FieldName
+    set: SetName
+    condition: Condition | None
+
+
+@dataclass(frozen=True)
+class Update:
+    span: Span
+    changes: tuple[Addition | Removal, ...]
 
 
 @dataclass(frozen=True)
@@ -219,15 +295,18 @@ class Fail:
     mode: Name
 
 
-Statement = At | Priority | Interest | Flow | Classify | Log | Process | Run | Fail
+Statement = At | Priority | Interest | Flow | Classify | Log | Process | Update | Run | Fail
 
 
 @dataclass(frozen=True)
 class Parameter:
+    """`name: type = default within bounds`."""
+
     span: Span
     name: Name
     type: Name
     default: Value | None
+    bounds: Value | None
 
 
 @dataclass(frozen=True)
@@ -238,10 +317,44 @@ class Policy:
     statements: tuple[Statement, ...]
 
 
+# The other things of a file.
+
+
 @dataclass(frozen=True)
-class File:
-    source: Source
-    policies: tuple[Policy, ...]
+class Include:
+    span: Span
+    path: Text
+
+
+@dataclass(frozen=True)
+class SetDeclaration:
+    """A named set: its values, the file they are in, or the options of one that is learned."""
+
+    span: Span
+    name: Name
+    type: Name
+    content: Value | Text | tuple[SizeOption, ...]
+    from_file: bool
+
+
+@dataclass(frozen=True)
+class Argument:
+    """`name = value`, or a value by its position."""
+
+    span: Span
+    name: Name | None
+    value: Value
+
+
+@dataclass(frozen=True)
+class Use:
+    """`use POLICY(arguments) as INSTANCE { … }`."""
+
+    span: Span
+    policy: Name
+    arguments: tuple[Argument, ...]
+    instance: Name | None
+    statements: tuple[At | Priority | Interest, ...]
 
 
 # Packets, for `itmc explain` and tests.
@@ -272,7 +385,7 @@ class PacketText:
 
 @dataclass(frozen=True)
 class Expectation:
-    """`kind` is "class", "untouched", "drop" or a field's name."""
+    """`kind` is "class", "untouched", a verdict or a field's name."""
 
     span: Span
     kind: str
@@ -287,3 +400,47 @@ class Send:
     count: Number
     packet: PacketText
     expectations: tuple[Expectation, ...]
+
+
+# Tests in the file.
+
+
+@dataclass(frozen=True)
+class TestPolicy:
+    """`policy NAME(arguments)`: what the test is about."""
+
+    span: Span
+    name: Name
+    arguments: tuple[Argument, ...]
+
+
+@dataclass(frozen=True)
+class Path:
+    """The packets that follow are forwarded, for this host (`in`) or from it (`out`)."""
+
+    span: Span
+    name: Name
+
+
+@dataclass(frozen=True)
+class Wait:
+    span: Span
+    value: Value
+
+
+@dataclass(frozen=True)
+class Test:
+    span: Span
+    name: Text
+    lines: tuple[TestPolicy | Path | Wait | Send, ...]
+
+
+Item = Include | SetDeclaration | Policy | Use | Test
+
+
+@dataclass(frozen=True)
+class File:
+    """A policy file as written, its items in order."""
+
+    source: Source
+    items: tuple[Item, ...]

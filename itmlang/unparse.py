@@ -1,7 +1,15 @@
 """Checked conditions -> text, close to the language, for people who debug a policy."""
 
+from typing import Final
+
 from itmlang import ir, values
 from itmlang.values import Addresses, Names, Ranges, ValueSet
+
+_TYPES: Final = {
+    "age": values.DURATION,
+    "byte_rate": values.RATE,
+    "packet_rate": values.PACKET_RATE,
+}
 
 
 def condition_text(condition: ir.Condition) -> str:
@@ -17,6 +25,10 @@ def condition_text(condition: ir.Condition) -> str:
             return "(" + " or ".join(map(condition_text, condition.terms)) + ")"
         case ir.Not():
             return f"not {condition_text(condition.term)}"
+        case ir.Member():
+            return f"{condition.field.name} in @{condition.set.name}"
+        case ir.Test(named=ir.NamedSet() as named) if condition.values == named.values:
+            return f"{condition.field.name} in @{named.name}"
         case ir.Test() if condition.values.full:
             return f"{condition.field.name} is there"
         case ir.Test():
@@ -27,7 +39,9 @@ def condition_text(condition: ir.Condition) -> str:
             inside = _set(condition.values, values.PACKETS)
             return f"{condition.flow.name}.{condition.attribute} in {inside}"
         case ir.Over():
-            return f"{condition.flow.name}.{condition.attribute} > {condition.threshold}"
+            type = _TYPES.get(condition.attribute, values.PACKETS)
+            attribute = "rate" if condition.attribute.endswith("_rate") else condition.attribute
+            return f"{condition.flow.name}.{attribute} > {type.text(condition.threshold)}"
 
 
 def _set(found: ValueSet, type: values.Type) -> str:

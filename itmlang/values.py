@@ -193,7 +193,8 @@ ValueSet = Ranges | Addresses | Names
 class Type:
     """What a value is: its kind of set, its greatest value, its names and its units.
 
-    `units` maps a unit to the number of base units in it; `plain` tells whether a
+    `units` maps a unit to the number of base units in it, and `offsets` to what is added
+    to each value, to tell one unit's values from another's; `plain` tells whether a
     number without a unit is taken. `refused` maps names that one would expect to
     the reason why they cannot be used.
     """
@@ -203,6 +204,7 @@ class Type:
     limit: int = 0
     names: Mapping[str, int] = field(default_factory=dict)
     units: Mapping[str, int] = field(default_factory=dict)
+    offsets: Mapping[str, int] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     plain: bool = True
     article: str = "a"
@@ -236,6 +238,8 @@ class Type:
             return address_text(*value)
         if self.kind == "duration":
             return duration_text(value)
+        if self in (RATE, PACKET_RATE, PERCENT):
+            return _with_unit(value, self)
         if self is FLAGS:
             return ",".join(name for name, bit in self.names.items() if value & bit) or "none"
         return self._by_value.get(value, str(value))
@@ -316,6 +320,23 @@ def duration_text(milliseconds: int) -> str:
     raise AssertionError("a duration is a whole number of milliseconds")
 
 
+def _with_unit(value: int, type: Type) -> str:
+    """A value in its largest unit that gives a whole number, else in the largest that it reaches."""
+    offset = value % len(PERIODS) if type.offsets else 0
+    value -= offset
+    units = ((n, s) for n, s in type.units.items() if type.offsets.get(n, 0) == offset)
+    sizes = sorted(units, key=lambda unit: -unit[1])
+    for name, size in sizes:
+        if value % size == 0 and value:
+            return f"{value // size}{_gap(name)}"
+    name, size = next(((n, s) for n, s in sizes if s <= value), sizes[-1])
+    return f"{value / size:g}{_gap(name)}"
+
+
+def _gap(unit: str) -> str:
+    return unit if unit[0] in "%/" else f" {unit}"
+
+
 def _dscp_names() -> dict[str, int]:
     """RFC 2474 class selectors, RFC 2597 assured and RFC 3246 expedited forwarding, RFC 8622."""
     names = {f"cs{n}": n << 3 for n in range(8)}
@@ -350,13 +371,35 @@ TOS_NAMES: Final[Mapping[str, int]] = {
     "maximize-throughput": 0x08,
     "maximize-reliability": 0x04,
 }
-_MINIMIZE_COST = "minimize-cost (0x02) lies in what is the ECN field today (RFC 3168)"
+_MINIMIZE_COST = "its bit (0x02) lies in what is the ECN field today (RFC 3168)"
 
 _PACKETS: Final = {"packets": 1, "packet": 1}
 _BYTES: Final = {
     "bytes": 1, "byte": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
 }  # fmt: skip
+
+# A rate keeps the period that it was given in, for a bucket is one period deep. Its value
+# is the amount a day, a whole number for all units, times four, plus the period's number.
+PERIODS: Final = {"s": 86_400, "m": 1_440, "h": 24, "d": 1}
+_BITS: Final = {"bit": 1, "kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
+
+
+def _rates(amounts: Mapping[str, int]) -> dict[str, int]:
+    return {
+        f"{unit}/{per}": size * times * len(PERIODS)
+        for unit, size in amounts.items()
+        for per, times in PERIODS.items()
+    }
+
+
+_RATES: Final = _rates(_BITS | {u: 8 * n for u, n in _BYTES.items()}) | {
+    unit: size * PERIODS["s"] * len(PERIODS) for unit, size in _BITS.items()
+}
+_PACKET_RATES: Final = _rates({"packets": 1, "packet": 1, "": 1})
+_PERIOD_OF: Final = {
+    unit: list(PERIODS).index(unit[-1]) for unit in (*_RATES, *_PACKET_RATES) if "/" in unit
+}
 
 FAMILY: Final = Type("family", "integer", 1, {"ipv4": 0, "ipv6": 1}, plain=False)
 PROTOCOL: Final = Type("protocol", "integer", 255, PROTOCOLS)
@@ -374,6 +417,41 @@ BYTES: Final = Type("bytes", "integer", 2**63 - 1, units=_BYTES)
 LENGTH: Final = Type("bytes", "integer", 2**32 - 1, units=_BYTES)
 DURATION: Final = Type("duration", "duration", 2**48, units=_DURATIONS, plain=False)
 PRIORITY: Final = Type("priority", "integer", 2**31 - 1)
+RATE: Final = Type("rate", "integer", 2**63 - 1, units=_RATES, offsets=_PERIOD_OF, plain=False)
+PACKET_RATE: Final = Type(
+    "packet_rate", "integer", 2**63 - 1, units=_PACKET_RATES, offsets=_PERIOD_OF, plain=False
+)
+# Millionths.
+PERCENT: Final = Type("percentage", "integer", 10**6, units={"%": 10**4}, plain=False)
+BOOLEAN: Final = Type(
+    "boolean", "integer", 1, {"no": 0, "yes": 1, "false": 0, "true": 1}, plain=False
+)
+MSS: Final = Type("bytes", "integer", 65_535, units=_BYTES)
+CT_STATE: Final = Type(
+    "state", "integer", 4,
+    {"invalid": 0, "established": 1, "related": 2, "new": 3, "untracked": 4}, plain=False,
+)  # fmt: skip
+CT_DIRECTION: Final = Type("direction", "integer", 1, {"original": 0, "reply": 1}, plain=False)
+# RFC 792 and RFC 4443, by IANA's registries.
+ICMP_TYPE: Final = Type(
+    "icmp_type", "integer", 255,
+    {
+        "echo-reply": 0, "destination-unreachable": 3, "source-quench": 4, "redirect": 5,
+        "echo-request": 8, "router-advertisement": 9, "router-solicitation": 10,
+        "time-exceeded": 11, "parameter-problem": 12, "timestamp-request": 13,
+        "timestamp-reply": 14,
+    }, article="an",
+)  # fmt: skip
+ICMPV6_TYPE: Final = Type(
+    "icmpv6_type", "integer", 255,
+    {
+        "destination-unreachable": 1, "packet-too-big": 2, "time-exceeded": 3,
+        "parameter-problem": 4, "echo-request": 128, "echo-reply": 129, "mld-query": 130,
+        "mld-report": 131, "mld-done": 132, "router-solicitation": 133,
+        "router-advertisement": 134, "neighbor-solicitation": 135,
+        "neighbor-advertisement": 136, "redirect": 137, "mld2-report": 143,
+    }, article="an",
+)  # fmt: skip
 # The bits that `set tos` and `unset tos` know.
 TOS_BIT: Final = Type(
     "type of service", "integer", 255, TOS_NAMES,
@@ -384,13 +462,11 @@ TOS_BIT: Final = Type(
 PARAMETER_TYPES: Final[Mapping[str, Type]] = {
     t.name: t
     for t in (
-        ADDRESS, BYTES, DSCP, DURATION, ECN, FAMILY, FLAGS, INTERFACE,
-        NUMBER, OCTET, PACKETS, PORT, PROTOCOL, TOS,
+        ADDRESS, BOOLEAN, BYTES, CT_DIRECTION, CT_STATE, DSCP, DURATION, ECN, FAMILY, FLAGS,
+        ICMP_TYPE, ICMPV6_TYPE, INTERFACE, NUMBER, OCTET, PACKETS, PACKET_RATE, PERCENT, PORT,
+        PROTOCOL, RATE, TOS,
     )
 }  # fmt: skip
-
-UNITS: Final = frozenset(_PACKETS) | frozenset(_BYTES)
-DURATION_UNITS: Final = tuple(_DURATIONS)
 
 
 def intervals(values: ValueSet) -> Iterator[tuple[int, int, int]]:

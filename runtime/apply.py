@@ -7,12 +7,14 @@ all or nothing; and what is left is a rename.
 """
 
 import hashlib
+import re
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from itmlang.diagnostics import CompileError, Diagnostic, did_you_mean
 from itmlang.nft.model import TABLE_PREFIX
@@ -20,17 +22,25 @@ from itmlang.pipeline import Compiled
 from runtime import nft
 from runtime.errors import MachineError, UsageError
 from runtime.nft import NftRefusalError
-from runtime.plan import Plan, Running, plan, record, running
+from runtime.plan import Plan, Running, plan, records_of, removal, running, switching
 from runtime.state import Record, State, load, locked
+
+_DEVICE: Final = re.compile(r'\bdevice "[^"]+"')
 
 
 @dataclass(frozen=True)
 class Applied:
-    """What `apply` did: names of policies loaded and removed, flow sets that were lost."""
+    """What `apply` did: names of policies loaded and removed, flow sets that were lost.
+
+    `absent` are devices of hooks that are not here; the kernel waits for them. `off`
+    are policies that were off and stayed so.
+    """
 
     loaded: tuple[str, ...]
     removed: tuple[str, ...]
     lost: tuple[str, ...]
+    absent: tuple[str, ...] = ()
+    off: tuple[str, ...] = ()
 
 
 def apply(compiled: Compiled, *, check: bool = False) -> Applied:
@@ -45,25 +55,60 @@ def apply(compiled: Compiled, *, check: bool = False) -> Applied:
     priorities = {policy.name: policy.priority for policy in compiled.policies}
     now = time.time()
     with locked() as store:
-        records = [
-            record(table, file, compiled.source.name, priorities[table.policy], now)
-            for table in compiled.ruleset.tables
-        ]
+        tables = compiled.ruleset.tables
+        by_name = {
+            r.name: r
+            for table in tables
+            for r in records_of(table, file, compiled.source.name, priorities, now)
+        }
+        records = [by_name[policy.name] for policy in compiled.policies]
         kernel = _kernel()
         _refuse_foreign(compiled, file, store.state)
         change = plan(compiled.ruleset, compiled.text, file, records, store.state, kernel)
         if check:
             _load(change, compiled, check=True)
-            return Applied(tuple(r.name for r in records), change.deleted, change.lost)
+            return _applied(change, records)
         prepared = store.prepare(change.state)
+        rehooked = [r for r in store.state.records if r.name in change.rehooked]
+        renewed = {r.name for r in records} | {r.name for r in rehooked if not _drifted(r)}
         _load(change, compiled)
-        renewed = {r.name for r in records} | set(change.rehooked)
         store.commit(prepared, change.state)
         digested = _with_digests(change.state, renewed)
         # The policies are loaded: what fails from here on must not look like a refusal.
         with suppress(MachineError):
             store.commit(store.prepare(digested), digested)
-    return Applied(tuple(r.name for r in records), change.deleted, change.lost)
+    return _applied(change, records)
+
+
+def _applied(change: Plan, records: Sequence[Record]) -> Applied:
+    hooks = (hook for record in records for hook, _, _ in record.hooks)
+    absent = dict.fromkeys(device for hook in hooks if (device := _absent(hook)))
+    names = tuple(r.name for r in records)
+    off = tuple(r.name for r in change.state.records if r.name in names and not r.on)
+    return Applied(names, change.deleted, change.lost, tuple(absent), off)
+
+
+def _absent_at(script: str, line: int) -> str:
+    """The device that is missing for the base chain that begins at a line, or has its hook there.
+
+    Linux takes such chains since 6.16, and then waits for the device.
+    """
+    for text in script.splitlines()[max(0, line - 1) : line + 1]:
+        found = _DEVICE.search(text)
+        if found and line:
+            return _absent(found[0])
+    return ""
+
+
+def _absent(hook: str) -> str:
+    """The device of a hook (`ingress "eth0"`) if it is not in this namespace, else ""."""
+    _, quote, device = hook.partition('"')
+    device = device.removesuffix(quote)
+    try:
+        socket.if_nametoindex(device or "lo")
+    except OSError:
+        return device
+    return ""
 
 
 def remove(names: Sequence[str]) -> tuple[str, ...]:
@@ -74,8 +119,14 @@ def remove(names: Sequence[str]) -> tuple[str, ...]:
     """
     nft.require_rights()
     with locked() as store:
-        present = [name.removeprefix(TABLE_PREFIX) for name in _our_tables()]
-        known = sorted({*present, *(r.name for r in store.state.records)})
+        kernel = _kernel()
+        recorded = {r.name for r in store.state.records}
+        strays = {
+            path: path.split()[1].removeprefix(TABLE_PREFIX)
+            for path in kernel
+            if all(r.table != path for r in store.state.records)
+        }
+        known = sorted({*recorded, *strays.values()})
         for name in names:
             if name not in known:
                 raise UsageError(
@@ -84,9 +135,12 @@ def remove(names: Sequence[str]) -> tuple[str, ...]:
                 )
         going = list(dict.fromkeys(names)) or known
         left = store.state.without(set(going))
+        shared = {r.table for r in store.state.records if r.name in going}
+        sound = {r.name for r in left.records if r.table in shared and not _drifted(r)}
         prepared = store.prepare(left)
-        script = "".join(
-            f"delete table inet {TABLE_PREFIX}{name}\n" for name in going if name in present
+        script = removal([r for r in store.state.records if r.name in going], store.state, kernel)
+        script += "".join(
+            f"delete table {path}\n" for path, name in strays.items() if name in going
         )
         if script:
             try:
@@ -94,7 +148,54 @@ def remove(names: Sequence[str]) -> tuple[str, ...]:
             except NftRefusalError as refusal:
                 raise MachineError(f"nftables refused: {refusal}; nothing was removed") from refusal
         store.commit(prepared, left)
+        if sound:
+            # Their tables are shorter now, and that is no drift.
+            digested = _with_digests(left, sound)
+            with suppress(MachineError):
+                store.commit(store.prepare(digested), digested)
     return tuple(going)
+
+
+def switch(names: Sequence[str], *, on: bool) -> tuple[str, ...]:
+    """Take policies off their hooks, or hang them in again; all that they learned stays.
+
+    Returns the names that were not so already. Raises `UsageError` for a name that
+    is not loaded, `MachineError` if the machine refuses; then nothing was changed.
+    """
+    nft.require_rights()
+    with locked() as store:
+        known = [r.name for r in store.state.records]
+        for name in names:
+            if name not in known:
+                raise UsageError(
+                    f"no policy `{name}` is loaded",
+                    did_you_mean(name, known) or "`itmc list` shows what is loaded",
+                )
+        changing = [r for r in store.state.records if r.name in names and r.on != on]
+        kernel = _kernel()
+        for record in changing:
+            if record.table not in kernel:
+                raise MachineError(
+                    f"the table of `{record.name}` is gone from the kernel",
+                    "`itmc apply` brings it back",
+                )
+        wanted = State(
+            tuple(replace(r, on=on) if r.name in names else r for r in store.state.records)
+        )
+        script, touched = switching([r.name for r in changing], wanted, kernel)
+        tables = {r.table for r in store.state.records if r.name in touched}
+        sound = {r.name for r in wanted.records if r.table in tables and not _drifted(r)}
+        prepared = store.prepare(wanted)
+        if script:
+            try:
+                nft.load(script)
+            except NftRefusalError as refusal:
+                raise MachineError(f"nftables refused: {refusal}; nothing was changed") from refusal
+        store.commit(prepared, wanted)
+        with suppress(MachineError):
+            digested = _with_digests(wanted, sound)
+            store.commit(store.prepare(digested), digested)
+    return tuple(r.name for r in changing)
 
 
 def file_key(name: str) -> str:
@@ -103,8 +204,20 @@ def file_key(name: str) -> str:
 
 
 def _refuse_foreign(compiled: Compiled, file: str, state: State) -> None:
-    """A policy name belongs to the file that brought it."""
+    """A policy name belongs to the file that brought it, and so does a table."""
     errors = []
+    for table in compiled.ruleset.tables:
+        # What is left of policies that shared it still goes by the first one's name.
+        others = [r for r in state.records if r.table == table.path and r.file != file]
+        if others and state.find(table.policies[0]) is None:
+            errors.append(
+                Diagnostic(
+                    "E050",
+                    f"`{others[0].name}`, from {others[0].shown}, has the table {table.name}",
+                    table.span,
+                    help=f"give the policy another name, or `itmc remove {others[0].name}` first",
+                )
+            )
     for policy in compiled.policies:
         owner = state.find(policy.name)
         if owner is not None and owner.file != file:
@@ -121,11 +234,12 @@ def _refuse_foreign(compiled: Compiled, file: str, state: State) -> None:
 
 
 def _our_tables() -> list[str]:
-    return [name for name in nft.tables() if name.startswith(TABLE_PREFIX)]
+    """The tables of ours that exist, as `family name`."""
+    return [path for path in nft.tables() if path.split()[1].startswith(TABLE_PREFIX)]
 
 
 def _kernel() -> dict[str, Running]:
-    return {name: running(nft.table(name)) for name in _our_tables()}
+    return {path: running(nft.table(path)) for path in _our_tables()}
 
 
 def _load(change: Plan, compiled: Compiled, *, check: bool = False) -> None:
@@ -139,6 +253,9 @@ def _load(change: Plan, compiled: Compiled, *, check: bool = False) -> None:
             lines = compiled.text.lines
             span = lines[index] if 0 <= index < len(lines) else None
             message = f"the kernel refused this: {error.message}"
+            absent = _absent_at(change.script, error.line)
+            if absent:
+                message = f"there is no device {absent} here"
             place = "" if span else "nftables"
             diagnostics.append(Diagnostic("E060", message, span, place=place))
         raise MachineError(
@@ -149,16 +266,22 @@ def _load(change: Plan, compiled: Compiled, *, check: bool = False) -> None:
 
 
 def _with_digests(state: State, names: set[str]) -> State:
-    """The state with the digests of the named tables taken anew."""
+    """The state with the digests of the named policies' tables taken anew."""
+    tables = {r.table for r in state.records if r.name in names}
     records = tuple(
-        replace(r, digest=_digest(r.name)) if r.name in names else r for r in state.records
+        replace(r, digest=_digest(r.table)) if r.table in tables else r for r in state.records
     )
     return State(records)
 
 
-def _digest(name: str) -> str:
+def _drifted(r: Record) -> bool:
+    """Did somebody else change the rules of a loaded policy's table?"""
+    return bool(r.digest) and _digest(r.table) != r.digest
+
+
+def _digest(path: str) -> str:
     try:
-        listing = nft.table_text(TABLE_PREFIX + name)
+        listing = nft.table_text(path)
     except MachineError:
         return ""  # nftables cannot list what it took: then drift is not noticed
     return hashlib.sha256(listing.encode()).hexdigest() if listing else ""
@@ -186,8 +309,18 @@ class FlowStatus:
 
 
 @dataclass(frozen=True)
+class SetStatus:
+    """A learned set: `entries` of at most `size` (for each address family)."""
+
+    name: str
+    entries: int
+    size: int
+    unlearned: int  # additions that found it full
+
+
+@dataclass(frozen=True)
 class PolicyStatus:
-    """A loaded policy. `state` is "on", "missing" (its table is gone) or "unknown" (not ours to
+    """A loaded policy. `state` is "on", "off" (its rules are not asked), "missing" (its table is gone) or "unknown" (not ours to
     tell: a table of ours that the state knows nothing of)."""
 
     name: str
@@ -198,6 +331,8 @@ class PolicyStatus:
     drift: bool
     classes: tuple[ClassStatus, ...]
     flows: tuple[FlowStatus, ...]
+    learned: tuple[SetStatus, ...] = ()
+    noted: tuple[ClassStatus, ...] = ()  # what was sampled and recorded
 
 
 def loaded() -> tuple[PolicyStatus, ...]:
@@ -230,44 +365,65 @@ def _statuses(*, counts: bool, names: Sequence[str] = ()) -> tuple[PolicyStatus,
     for r in state.records:
         if names and r.name not in names:
             continue
-        there = TABLE_PREFIX + r.name in present
+        there = r.table in present
         found.append(
             _status(r, there, counts)
             if there
-            else PolicyStatus(r.name, "missing", r.shown, r.hooks, r.priority, True, (), ())
+            else PolicyStatus(r.name, "missing", r.shown, _hooks(r), r.priority, True, (), ())
         )
-    for table in sorted(present - {TABLE_PREFIX + r.name for r in state.records}):
-        name = table.removeprefix(TABLE_PREFIX)
+    for path in sorted(present - {r.table for r in state.records}):
+        name = path.split()[1].removeprefix(TABLE_PREFIX)
         hooks = tuple(
-            (hook.name, hook.priority) for hook in running(nft.table(table)).chains.values() if hook
+            (hook.name, hook.priority) for hook in running(nft.table(path)).chains.values() if hook
         )
         found.append(PolicyStatus(name, "unknown", "", hooks, 0, True, (), ()))
     # Stable: at equal priority the state's order is the order they run.
     return tuple(sorted(found, key=lambda s: s.priority))
 
 
+def _hooks(r: Record) -> tuple[tuple[str, int], ...]:
+    return tuple((hook, priority) for hook, priority, _ in r.hooks)
+
+
 def _status(r: Record, there: bool, counts: bool) -> PolicyStatus:
-    drift = not there or (bool(r.digest) and _digest(r.name) != r.digest)
+    drift = not there or _drifted(r)
+    state = "on" if r.on else "off"
     if not counts:
-        return PolicyStatus(r.name, "on", r.shown, r.hooks, r.priority, drift, (), ())
-    counters = _counters(TABLE_PREFIX + r.name)
-    classes = tuple(ClassStatus(n, *counters.get(f"class_{n}", (0, 0))) for n in r.classes)
+        return PolicyStatus(r.name, state, r.shown, _hooks(r), r.priority, drift, (), ())
+    counters = _counters(r.table)
+
+    def counted(name: str) -> tuple[int, int]:
+        return counters.get(name, (0, 0))
+
+    classes = tuple(ClassStatus(n, *counted(f"{r.prefix}class_{n}")) for n in r.classes)
     flows = tuple(
         FlowStatus(
             flow.name,
             flow.key,
-            sum(len(nft.elements(TABLE_PREFIX + r.name, name)) for _, name in flow.sets),
+            sum(len(nft.elements(r.table, name)) for _, name in flow.sets),
             flow.size,
-            counters.get(flow.uncounted, (0, 0))[0],
+            counted(flow.uncounted)[0],
         )
         for flow in r.flows
     )
-    return PolicyStatus(r.name, "on", r.shown, r.hooks, r.priority, drift, classes, flows)
+    learned = tuple(
+        SetStatus(
+            one.name,
+            sum(len(nft.elements(r.table, name)) for name in one.sets),
+            one.size,
+            counted(one.unlearned)[0],
+        )
+        for one in r.learned
+    )
+    noted = tuple(ClassStatus(n.removeprefix(r.prefix), *counted(n)) for n in r.noted)
+    return PolicyStatus(
+        r.name, state, r.shown, _hooks(r), r.priority, drift, classes, flows, learned, noted
+    )
 
 
-def _counters(table: str) -> Mapping[str, tuple[int, int]]:
+def _counters(path: str) -> Mapping[str, tuple[int, int]]:
     found = {}
-    for item in nft.table(table):
+    for item in nft.table(path):
         if "counter" in item:
             counter: dict[str, Any] = item["counter"]
             found[counter["name"]] = (counter["packets"], counter["bytes"])
@@ -283,7 +439,7 @@ def flow_counts(name: str) -> dict[str, dict[tuple[Any, ...], tuple[int, int]]]:
     for flow in r.flows:
         table = found.setdefault(flow.name, {})
         for _, set_name in flow.sets:
-            for element in nft.elements(TABLE_PREFIX + name, set_name):
+            for element in nft.elements(r.table, set_name):
                 counter = element.get("counter", {})
                 key = tuple(element["val"])
                 table[key] = (counter.get("packets", 0), counter.get("bytes", 0))

@@ -19,6 +19,8 @@ from runtime.errors import MachineError
 _ERROR: Final = re.compile(
     r"^/proc/self/fd/\d+:(?P<line>\d+):(?P<first>\d+)-(?P<last>\d+): Error: (?P<message>.*)$", re.M
 )
+_DEVICE: Final = re.compile(r'^\tchain (\S+) \{\n\t\ttype \w+ hook \w+ device "([^"]+)"', re.M)
+FAMILIES: Final = ("inet", "netdev")
 _CAP_NET_ADMIN: Final = 12  # include/uapi/linux/capability.h
 
 
@@ -62,25 +64,36 @@ def load(script: str, *, check: bool = False) -> None:
 
 
 def tables() -> tuple[str, ...]:
-    """The names of all tables of family inet in this network namespace, sorted."""
-    listing = _list_json("list tables inet")
-    return tuple(sorted(item["table"]["name"] for item in listing if "table" in item))
+    """All tables that a policy can have, as `family name`, sorted: of inet and netdev."""
+    listing = _list_json("list tables")
+    found = (item["table"] for item in listing if "table" in item)
+    return tuple(sorted(f"{t['family']} {t['name']}" for t in found if t["family"] in FAMILIES))
 
 
-def table(name: str) -> list[dict[str, Any]]:
-    """The objects of a table as libnftables' JSON has them, without set elements."""
-    return _list_json(f"list table inet {name}", "terse")
+def table(path: str) -> list[dict[str, Any]]:
+    """The objects of a table (`family name`) as libnftables' JSON has them, without elements.
+
+    Base chains at a device have it as `dev`, which the JSON of 1.0.6 leaves out.
+    """
+    listing = _list_json(f"list table {path}", "terse")
+    chains = [item["chain"] for item in listing if "hook" in item.get("chain", {})]
+    at_device = [c for c in chains if c["hook"] in ("ingress", "egress") and "dev" not in c]
+    if at_device:
+        devices = dict(_DEVICE.findall(table_text(path)))
+        for chain in at_device:
+            chain["dev"] = devices.get(chain["name"], "")
+    return listing
 
 
-def table_text(name: str) -> str:
+def table_text(path: str) -> str:
     """A table as text without elements and counts: the same as long as nobody changes it."""
-    answer = _in_child(f"list table inet {name}", "stateless terse", False)
+    answer = _in_child(f"list table {path}", "stateless terse", False)
     return answer.output if answer.code == 0 else ""
 
 
-def elements(table: str, name: str) -> list[dict[str, Any]]:
-    """The elements of a set, as libnftables' JSON has them."""
-    for item in _list_json(f"list set inet {table} {name}"):
+def elements(path: str, name: str) -> list[dict[str, Any]]:
+    """The elements of a set of a table, as libnftables' JSON has them."""
+    for item in _list_json(f"list set {path} {name}"):
         if "set" in item:
             return [_element(e) for e in item["set"].get("elem", [])]
     return []

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from runtime.errors import MachineError
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 _SO_NETNS_COOKIE: Final = 71  # include/uapi/asm-generic/socket.h, Linux 5.14
 
 
@@ -33,17 +33,33 @@ class FlowRecord:
 
 
 @dataclass(frozen=True)
-class Record:
-    """A loaded policy."""
+class SetRecord:
+    """A learned set that a policy asks or fills; `sets` are its nftables sets."""
 
     name: str
+    size: int
+    sets: tuple[str, ...]
+    unlearned: str  # the counter of additions that found no room, "" without one
+
+
+@dataclass(frozen=True)
+class Record:
+    """A loaded policy. `table` is its table's `family name`, shared by policies of one file that
+    share a learned set; there its objects have `prefix` before their names."""
+
+    name: str
+    table: str
+    prefix: str
     file: str  # absolute, or "-"
     shown: str  # as the user gave it
-    hooks: tuple[tuple[str, int], ...]  # (hook, the kernel's priority)
+    hooks: tuple[tuple[str, int, str], ...]  # (hook, the kernel's priority, base chain)
     priority: int
     classes: tuple[str, ...]
     flows: tuple[FlowRecord, ...]
-    base_chains: dict[str, str]  # for each hook, nftables text that hangs the policy in again
+    learned: tuple[SetRecord, ...]
+    noted: tuple[str, ...]  # the counters "sampled" and "recorded", as far as there are any
+    base_chains: dict[str, str]  # for each base chain, nftables text that hangs it in again
+    on: bool = True  # off, its base chains are gone and all else stays
     digest: str = ""  # of the table's listing, to notice what others changed
     applied: float = 0.0  # seconds since the epoch
 
@@ -131,8 +147,13 @@ def _record(item: dict[str, Any]) -> Record:
         )
         for flow in item["flows"]
     )
-    hooks = tuple((hook, priority) for hook, priority in item["hooks"])
-    known = {**item, "flows": flows, "hooks": hooks, "classes": tuple(item["classes"])}
+    learned = tuple(
+        SetRecord(one["name"], one["size"], tuple(one["sets"]), one["unlearned"])
+        for one in item["learned"]
+    )
+    hooks = tuple((hook, priority, chain) for hook, priority, chain in item["hooks"])
+    known = {**item, "flows": flows, "hooks": hooks, "learned": learned}
+    known |= {name: tuple(item[name]) for name in ("classes", "noted")}
     return Record(**known)
 
 

@@ -138,6 +138,14 @@ def add_address(ns: Namespace, link: str, address: str) -> None:
         )
 
 
+def add_link_route(ns: Namespace, destination: str, link: str) -> None:
+    """Route `destination` (a prefix) out of `link`, whose other end takes all. Raises TrafficError."""
+    network = ipaddress.ip_network(destination)
+    family = socket.AF_INET if network.version == 4 else socket.AF_INET6
+    with _netlink(ns, f"add a route to {destination} by {link}") as netlink:
+        netlink.route("add", family=family, dst=str(network), oif=_index(ns, link))
+
+
 def add_route(ns: Namespace, destination: str, *, via: str) -> None:
     """Route `destination` (a prefix, or "default") through the neighbour `via`.
 

@@ -5,22 +5,25 @@ from collections.abc import Iterator
 import pytest
 
 from runtime.lab import Network
-from runtime.traffic import Namespace, TrafficError
+from runtime.traffic import Namespace, TrafficError, veth
 from tests.support.kernel import Wire
 from tests.support.needs import unavailable
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--bless", action="store_true", help="rewrite the nftables sections of the cases"
+        "--bless",
+        action="store_true",
+        help="rewrite what is compared: the cases' nftables sections, docs/errors.md",
     )
 
 
 @pytest.fixture(scope="session")
 def empty_namespace() -> Iterator[Namespace]:
-    """A namespace in which nothing is ever loaded."""
+    """A namespace in which nothing is ever loaded, with the manager's devices."""
     try:
         namespace = Namespace.create("check")
+        veth(namespace, "eth0", namespace, "eth1")
     except TrafficError as error:
         unavailable(error)
     yield namespace

@@ -9,10 +9,11 @@ ROOT = Path(__file__).parents[1]
 # A module imports only from lines above its own; the last one may import all.
 ORDER = (
     "source", "diagnostics", "values", "packet", "fields",
-    "actions.action", "actions.accept", "actions.drop", "actions.dscp", "actions.tos", "actions",
-    "resources", "syntax", "parser", "evaluate", "packets", "ir", "conditions", "check",
-    "unparse", "simplify", "place", "nft.model", "nft.match", "nft.lower", "nft.text",
-    "semantics", "pipeline",
+    "actions.action", "actions.accept", "actions.addresses", "actions.drop", "actions.dscp",
+    "actions.mark", "actions.mss", "actions.ports", "actions.reject", "actions.tos", "actions.ttl",
+    "actions", "resources", "syntax", "parser", "layout", "modules", "rates", "ir", "evaluate",
+    "packets", "conditions", "resolve", "check", "unparse", "simplify", "place", "nft.model",
+    "nft.match", "nft.lower", "nft.text", "conntrack", "tables", "semantics", "trials", "pipeline",
 )  # fmt: skip
 # Which modules may import an outside library; a folder stands for all in it.
 BEHIND = {

@@ -187,7 +187,7 @@ def test_explain_tells_the_story_line_by_line():
     done = itmc("explain", SIZE_AWARE, "--after", "11", *PACKET.split(), "tos", "0x11")
     assert done.returncode == 0
     assert "class long: accept" in done.stdout
-    assert "line 16   conn.packets <= threshold  no (conn.packets is 11)" in done.stdout
+    assert "line 16  conn.packets <= threshold  no (conn.packets is 11)" in done.stdout
     assert "unset tos minimize-delay   tos 0x11 -> 0x01" in done.stdout
     assert done.stdout.endswith("accepted, tos 0x01 (dscp 0, ecn 1)\n")
     short = itmc("explain", SIZE_AWARE, "--after", "10", PACKET).stdout

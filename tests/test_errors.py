@@ -2,7 +2,8 @@
 
     bad_field == 3        # error[E010] there is no field
 
-Several may stand on one line. The text is part of the message.
+Several may stand on one line. The text is part of the message. What is expected in a
+file that the policy includes or reads stands in that file.
 """
 
 import re
@@ -13,11 +14,12 @@ import pytest
 from itmlang.diagnostics import CompileError, Diagnostic
 from itmlang.pipeline import compile
 from itmlang.source import Source
+from tests.support.files import beside
 
 FILES = sorted((Path(__file__).parent / "errors").glob("*.itm"))
 ROOT = Path(__file__).parents[1]
 _EXPECTED = re.compile(r"(?:error|warning)\[([EW]\d{3})\] (.*?)(?=\s*# (?:error|warning)\[|$)")
-_ELSEWHERE = {"E028", "E006"}  # in `test_parser` and `test_cli`
+_ELSEWHERE = {"E028", "E006", "E046"}  # in `test_parser`, `test_cli` and `test_trials`
 
 
 def expected(text: str) -> list[tuple[int, str, str]]:
@@ -28,24 +30,30 @@ def expected(text: str) -> list[tuple[int, str, str]]:
     ]
 
 
-def reported(path: Path) -> list[Diagnostic]:
+def reported(path: Path) -> tuple[list[Diagnostic], dict[str, str]]:
+    """What is said of a file, and the text of each file that was read for it."""
+    main = Source(path.name, path.read_text())
+    sources = {path.name: main}
     try:
-        return list(compile(Source(path.name, path.read_text())).warnings)
+        found = compile(main, beside(path.parent, sources)).warnings
     except CompileError as error:
-        return list(error.diagnostics)
+        found = error.diagnostics
+    return list(found), {name: source.text for name, source in sources.items()}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_errors_stand_on_their_lines(path: Path) -> None:
-    missing, surplus = expected(path.read_text()), []
+    diagnostics, texts = reported(path)
+    missing = [(name, *one) for name, text in texts.items() for one in expected(text)]
+    surplus = []
     assert missing, "say what is expected, and where"
-    for found in reported(path):
-        line = found.span.line if found.span else 0
+    for found in diagnostics:
+        place = (found.span.source.name, found.span.line) if found.span else ("", 0)
         match = next(
-            (m for m in missing if m[:2] == (line, found.code) and m[2] in found.message), None
+            (m for m in missing if m[:3] == (*place, found.code) and m[3] in found.message), None
         )
         if match is None:
-            surplus.append(f"{line}: {found.code} {found.message}")
+            surplus.append(f"{place}: {found.code} {found.message}")
         else:
             missing.remove(match)
     assert (missing, surplus) == ([], [])
@@ -54,5 +62,6 @@ def test_errors_stand_on_their_lines(path: Path) -> None:
 def test_each_code_has_a_file() -> None:
     sources = "".join(path.read_text() for path in ROOT.glob("itmlang/**/*.py"))
     codes = set(re.findall(r'"([EW]\d{3})"', sources)) - _ELSEWHERE
-    shown = {code for path in FILES for _, code, _ in expected(path.read_text())}
+    files = [path for path in FILES[0].parent.iterdir() if path.is_file()]
+    shown = {code for path in files for _, code, _ in expected(path.read_text())}
     assert sorted(codes - shown) == []

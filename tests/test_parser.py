@@ -1,6 +1,13 @@
-"""Whatever the text, there is a tree or there are diagnostics, soon."""
+"""Whatever the text, there is a tree or there are diagnostics, soon.
 
+ITM_FUZZ is how many inputs the seeded search makes; 200 000 is the nightly form, which
+runs on all processors.
+"""
+
+import os
 import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +18,7 @@ from itmlang.diagnostics import MOST_ERRORS, CompileError, Diagnostic, Findings,
 from itmlang.packets import read_packet
 from itmlang.pipeline import compile
 from itmlang.source import Source
+from tests.support.language import Chance, Wants
 
 ROOT = Path(__file__).parents[1]
 POLICIES = [path.read_text() for path in sorted(ROOT.glob("policies/*.itm"))]
@@ -21,7 +29,25 @@ TOKENS = (
     "tcp.flags", "fin", "f.packets", "packets", "KB", "log", "count", "process", "set", "tos",
     "minimize-delay", "unset", "drop", "run", "fail", ":", "=", "+", "#", "\n", '"', ";", "0x",
     "é", "\0", "99999999999999999999999", "::", "connection", "send", "expect",
+    "use", "as", "include", "update", "add", "remove", "@s", "to", "from", "for", "limit", "burst",
+    "else", "per", "sample", "1", "record", "most", "reject", "accept", "test", "20 mbit", "10/s",
+    "1%", "random", "fragment", "ct.state", "new", "icmp.type", "f.age", "f.rate", "f.connections",
+    "ingress", "egress", "within", "class", "untouched", "wait", "path", "mark", "sport", "daddr",
+    "tcp.mss", "1-", "2h", "ttl", "address", "port", "interface", "10.0.0.1:80", "->", "udp", "@",
 )  # fmt: skip
+OTHERS = (
+    'include "other.itm"\nuse size_aware(threshold = 3) as long_ones { priority -3 at forward }',
+    'set a: address = { 10.0.0.1, fd00::/64 }\nset b: port from "ports"\n'
+    'set c: address timeout 5m max 10\nset d: interface = { "eth*", "lo" }',
+    "policy p(rate: rate = 2 mbit, hosts: address = @a within 10.0.0.0/8) { at forward "
+    "classify { c when saddr in hosts } process { c { limit rate burst 20 KB else "
+    "{ set dscp le limit 5 packets/s } } } update { remove saddr from @c when random < 1% } }",
+    'policy q { at ingress "eth0" log { sample 1 in 100 group 3 record "x" at most 3/m } '
+    "classify { c when ct.state != { new } or not icmpv6.type in 128-129 } fail closed run kernel }",
+    'test "a" { policy p(threshold = 2) send 3 tcp 10.0.0.1:1000 -> 10.0.0.2:80 flags syn,ack '
+    "expect class p.c tos 0x10 wait 3s path out send udp [fd00::1]:1 -> [fd00::2]:53 expect drop }",
+)
+FUZZ = int(os.environ.get("ITM_FUZZ", "400"))
 
 
 def diagnostics(text: str) -> tuple[Diagnostic, ...]:
@@ -62,6 +88,56 @@ def test_mutated_policies(policy: str, draw: st.DataObject) -> None:
         end = min(len(policy), at + draw.draw(st.integers(0, 12)))
         policy = policy[:at] + draw.draw(st.sampled_from((*TOKENS, ""))) + policy[end:]
     diagnostics(policy)
+
+
+def fuzzed(random: Chance) -> str:
+    """Token soup, a policy with wounds, or random bytes."""
+    kind = random.randrange(10)
+    if kind == 0:
+        return random.randbytes(random.randrange(200)).decode("utf-8", "replace")
+    if kind <= 3:
+        return " ".join(random.choices(TOKENS, k=random.randrange(60)))
+    if kind <= 5:
+        wants = Wants(*(random.some(0.5) for _ in range(4)))
+        text = random.file(wants, random.choice((("forward", "postrouting"), ("output",))))
+    else:
+        text = "\n".join(random.sample(POLICIES + list(OTHERS), random.randint(1, 2)))
+    for _ in range(random.randint(1, 5)):
+        at = random.randint(0, len(text))
+        end = min(len(text), at + random.choice((0, 0, 1, 3, 12, 60)))
+        new = random.choice(
+            (*TOKENS, "", text[at : at + 40], random.randbytes(3).decode("latin-1"))
+        )
+        text = text[:at] + new + text[end:]
+    return text
+
+
+def fuzz(seed: int, number: int) -> tuple[int, str]:
+    """How many of the inputs compile, and of the first that fails otherwise than it should, why."""
+    random = Chance(seed)
+    sound = 0
+    for _ in range(number):
+        text = fuzzed(random)
+        start = time.monotonic()
+        try:
+            sound += not any(d.is_error for d in diagnostics(text))
+        except BaseException:
+            return sound, f"{text}\n{traceback.format_exc()}"
+        if time.monotonic() - start > 20:
+            return sound, f"{text}\ntook too long"
+    return sound, ""
+
+
+def test_nothing_but_diagnostics() -> None:
+    each = 1000
+    if each >= FUZZ:
+        results = [fuzz(2003, FUZZ)]
+    else:
+        with ProcessPoolExecutor() as pool:
+            results = list(pool.map(fuzz, range(FUZZ // each), [each] * (FUZZ // each)))
+    failed = [problem for _, problem in results if problem]
+    assert not failed, f"{len(failed)} searches failed, the first one with\n{failed[0]}"
+    print(f"{FUZZ} inputs, {sum(sound for sound, _ in results)} of them compile")
 
 
 def condition(text: str) -> str:

@@ -2,10 +2,20 @@
 
 from itmlang.actions.accept import Accept
 from itmlang.actions.action import Action, Lowered
+from itmlang.actions.addresses import SetDaddr, SetSaddr
 from itmlang.actions.drop import Drop
 from itmlang.actions.dscp import SetDscp
+from itmlang.actions.mark import SetMark
+from itmlang.actions.mss import SetMss
+from itmlang.actions.ports import SetDport, SetSport
+from itmlang.actions.reject import Reject
 from itmlang.actions.tos import SetTos, UnsetTos
+from itmlang.actions.ttl import SetTtl
 
-ACTIONS: tuple[type[Action], ...] = (Accept, Drop, SetDscp, SetTos, UnsetTos)
+ACTIONS: tuple[type[Action], ...] = (
+    Accept, Drop, Reject,
+    SetDscp, SetTos, UnsetTos, SetTtl, SetMark,
+    SetSaddr, SetDaddr, SetSport, SetDport, SetMss,
+)  # fmt: skip
 
 __all__ = ["ACTIONS", "Action", "Lowered"]

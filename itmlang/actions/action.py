@@ -7,10 +7,11 @@ of it (`lower`), what it does to a packet (`run`). It stands in the tuple of
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from itmlang.fields import EGRESS, HOOKS, INGRESS
 from itmlang.packet import Packet
-from itmlang.values import Type
+from itmlang.values import Ranges, Type
 
 
 @dataclass(frozen=True)
@@ -23,24 +24,40 @@ class Lowered:
 
 @dataclass(frozen=True)
 class Action:
-    """One action with its operand (0 where it has none).
+    """One action with its operand (0 where it has none; an address is (family, integer)).
 
-    `verdict` is the nftables verdict with which an action ends its policy; such
-    an action is the last of its class.
+    `verdict` ("accept", "drop" or "reject") is how an action ends its policy; such an
+    action is the last of its class. `hooks` are those where it can stand, `why` says
+    why not elsewhere. `reroutes` tells that the packet's route may be another one then.
     """
 
     words: ClassVar[tuple[str, ...]]
     operand: ClassVar[Type | None] = None
     verdict: ClassVar[str] = ""
-    value: int = 0
+    hooks: ClassVar[tuple[str, ...]] = (INGRESS, *HOOKS, EGRESS)
+    why: ClassVar[str] = ""
+    reroutes: ClassVar[bool] = False
+    value: Any = 0
 
-    def lower(self, family: int) -> Lowered | None:
-        """The rules for packets of a family; None where nftables has no way to say it."""
-        raise NotImplementedError
+    def refusal(self) -> str:
+        """Why the operand cannot be used, "" if it can."""
+        return ""
+
+    def lower(self, family: int, protocols: Ranges) -> Lowered | None:
+        """The rules for packets of a family that have one of the protocols.
+
+        None where nftables has no way to say it. Rules that are the same for both
+        families are taken once.
+        """
+        return Lowered()
+
+    @property
+    def ending(self) -> tuple[str, ...]:
+        """The rules that give the verdict."""
+        return (self.verdict,) if self.verdict else ()
 
     def run(self, packet: Packet) -> None:
         """Do to the packet what the rules do."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         operand = [] if self.operand is None else [self.operand.text(self.value)]

@@ -2,17 +2,10 @@
 
 from dataclasses import dataclass
 
-from itmlang.actions.action import Action, Lowered
-from itmlang.packet import Packet
+from itmlang.actions.action import Action
 
 
 @dataclass(frozen=True)
 class Drop(Action):
     words = ("drop",)
     verdict = "drop"
-
-    def lower(self, family: int) -> Lowered:
-        return Lowered()
-
-    def run(self, packet: Packet) -> None:
-        pass

@@ -6,7 +6,7 @@ from itmlang import values
 from itmlang.actions.action import Action, Lowered
 from itmlang.fields import FIELDS
 from itmlang.packet import Packet
-from itmlang.values import IPV4
+from itmlang.values import IPV4, Ranges
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class SetDscp(Action):
     words = ("set", "dscp")
     operand = values.DSCP
 
-    def lower(self, family: int) -> Lowered:
+    def lower(self, family: int, protocols: Ranges) -> Lowered:
         # nftables fixes the IPv4 header checksum for `ip dscp set`, and only because
         # it knows the field: a raw payload write would leave it wrong.
         header = "ip" if family == IPV4 else "ip6"

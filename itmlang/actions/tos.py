@@ -44,7 +44,7 @@ class SetTos(Action):
     words = ("set", "tos")
     operand = values.TOS_BIT
 
-    def lower(self, family: int) -> Lowered:
+    def lower(self, family: int, protocols: Ranges) -> Lowered:
         if family == IPV4:
             return _lower_ipv4(lambda tos: not tos & self.value, self.value)
         # The traffic class is bits 4 to 11 of the header, hence the shift by 4.
@@ -62,7 +62,7 @@ class UnsetTos(Action):
     words = ("unset", "tos")
     operand = values.TOS_BIT
 
-    def lower(self, family: int) -> Lowered:
+    def lower(self, family: int, protocols: Ranges) -> Lowered:
         if family == IPV4:
             return _lower_ipv4(lambda tos: bool(tos & self.value), 0)
         bit, others = self.value << 4, 0xFFFF & ~(_TOS_BITS << 4)

@@ -13,18 +13,45 @@ negations (`t` goes somewhere else first) and disjunctions inside of conjunction
 A flow is a dynamic set with a counter in each element. A threshold on it is a
 limit (packets) or quota (bytes) in the same element, evaluated when the packet
 is logged, that latches the flow into a second set; classification looks only
-there. So it sees what was logged before this packet, exactly.
+there. So it sees what was logged before this packet, exactly. A rate latches for
+a second; an age is a flow that is known, but no longer in a set of young ones.
+
+Policies that share a learned set share a table: nftables' rules reach no further.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Final
 
-from itmlang import ir
+from itmlang import ir, rates, values
 from itmlang.diagnostics import Findings
-from itmlang.fields import ANY_FAMILY
-from itmlang.nft.match import Leaf, family_suffix, key_match, matches, over_set
-from itmlang.nft.model import MANGLE, BaseHook, Chain, Counter, FlowSet, Rule, Ruleset, Table
+from itmlang.fields import ANY_FAMILY, EGRESS, Field, hook_kind
+from itmlang.nft.match import (
+    Leaf,
+    flow_set,
+    key_match,
+    matches,
+    named_set,
+    over_set,
+    refers,
+    threshold_name,
+    young_set,
+)
+from itmlang.nft.model import (
+    MANGLE,
+    BaseHook,
+    Chain,
+    Counter,
+    FlowSet,
+    Rule,
+    Ruleset,
+    Table,
+    ValueSet,
+    duration,
+)
 from itmlang.simplify import (
+    MOST_DRAWN,
+    Draw,
     Facts,
     Simplified,
     Variant,
@@ -36,7 +63,7 @@ from itmlang.simplify import (
     keyed_by_transport,
 )
 from itmlang.source import Span
-from itmlang.values import IPV4, IPV6
+from itmlang.values import FAMILIES, IPV4, IPV6, Addresses, Names
 
 # A chain may be this many jumps and gotos away from its hook
 # (NFT_JUMP_STACK_SIZE, include/net/netfilter/nf_tables.h).
@@ -49,80 +76,198 @@ _LATER_FRAGMENT: Final = {IPV4: "ip frag-off & 0x1fff != 0", IPV6: "frag frag-of
 # nft_limit keeps burst * unit in nanoseconds in 64 bits. A bucket refills by one
 # packet a unit, so the longest unit that the burst allows is the most exact one.
 _LIMIT_UNITS: Final = {"week": 604_800, "day": 86_400, "hour": 3_600, "minute": 60, "second": 1}
+# A flow stays over a rate for so long after its bucket ran out, in milliseconds.
+OVER_RATE: Final = 1000
+# The bit of the mark that says that a change of a learned set was made (see `actions.mark`).
+_CHANGED: Final = 0x0100_0000
+# "For ever" in a learned set is a hundred years. The kernel gives an element that came
+# without a time none later on, and drops one with a time when it is renewed without.
+FOR_EVER: Final = 36_500 * 86_400_000
 _MOST_PACKETS: Final = 2**32 - 1  # the burst of nft_limit is 32 bits wide
+_MOST_ELEMENTS: Final = 2**32 - 1  # so is a set's size
 
 
 def lower(file: str, policies: Sequence[Simplified], findings: Findings) -> Ruleset:
     """The ruleset for the policies of a file."""
-    tables = tuple(_Lowering(policy, findings).table for policy in policies)
+    tables = []
+    for group in _groups(policies):
+        egress = any(hook_kind(h) == EGRESS for one in group for h in one.policy.hooks)
+        names = tuple(one.policy.name for one in group)
+        table = Table(names, group[0].policy.span, "netdev" if egress else "inet")
+        shared: dict[str, Chain] = {}
+        for one in group:
+            _Lowering(one, table, shared, findings)
+        _value_sets(table, group)
+        table.chains.extend(shared.values())
+        _check_depth(table, findings)
+        tables.append(table)
     findings.raise_errors()
-    return Ruleset(file, tables)
+    return Ruleset(file, tuple(tables), tuple(one.policy.name for one in policies))
+
+
+def _groups(policies: Sequence[Simplified]) -> list[list[Simplified]]:
+    """The policies by table: those that share a learned set together, by the first of them."""
+    groups: list[list[Simplified]] = []
+    for one in policies:
+        learned = set(one.policy.learned)
+        joined = [g for g in groups if learned & {s for o in g for s in o.policy.learned}]
+        merged = [other for group in joined for other in group] + [one]
+        if joined:
+            groups[groups.index(joined[0])] = merged
+            groups = [g for g in groups if g is merged or g not in joined]
+        else:
+            groups.append(merged)
+    order = {one.policy.name: index for index, one in enumerate(policies)}
+    return [sorted(group, key=lambda one: order[one.policy.name]) for group in groups]
+
+
+def _value_sets(table: Table, group: Iterable[Simplified]) -> None:
+    """The named sets that the table's rules refer to."""
+    found: dict[str, ValueSet] = {}
+    for one in group:
+        for test in one.tests():
+            for family in FAMILIES if test.field.by_family else (ANY_FAMILY,):
+                if refers(test, family) and test.named is not None:
+                    name = named_set(test.named, family)
+                    if name not in found:
+                        found[name] = _value_set(name, test.named, test.field, family)
+    rules = [rule.text for chain in table.chains for rule in chain.rules]
+    named = {word for text in rules for word in re.findall(r"@((?:set)_\w+)", text)}
+    table.values.extend(found[name] for name in sorted(found) if name in named)
+
+
+def _value_set(name: str, named: ir.NamedSet, field: Field, family: int) -> ValueSet:
+    elements: Iterable[str]
+    match named.values:
+        case Names():
+            elements = (f'"{pattern}"' for pattern in sorted(named.values.patterns))
+        case Addresses():
+            spans = named.values.family(family).spans
+            elements = (values.prefix_text(family, lo, hi) for lo, hi in spans)
+        case _:
+            elements = (str(lo) if lo == hi else f"{lo}-{hi}" for lo, hi in named.values.spans)
+    return ValueSet(name, field.key_type(family), tuple(elements), named.span)
 
 
 class _Lowering:
-    """The lowering of one policy."""
+    """The lowering of one policy into its table."""
 
-    def __init__(self, simplified: Simplified, findings: Findings) -> None:
+    def __init__(
+        self,
+        simplified: Simplified,
+        table: Table,
+        shared: dict[str, Chain],
+        findings: Findings,
+    ) -> None:
         self.policy = simplified.policy
         self.whole, self.fragments = simplified.whole, simplified.fragments
         self.variants = simplified.variants
         self.facts: Facts = self.whole.facts  # of the packets that rules are being made for
         self.findings = findings
-        self.table = Table(self.policy.name, self.policy.span)
+        self.table = table
+        self.prefix = table.prefix(self.policy.name)
         self._names: dict[str, int] = {}
-        self._shared: dict[str, Chain] = {}
+        self._counted: set[str] = set()  # the names of our counters
+        self._shared = shared
+        self._logs = bool(self.policy.counts or self.policy.notes)
+        self._updates = any(variant.updates for variant in self.variants)
         self._counters()
         self._hooks()
         self._classify()
-        if self.policy.counts:
+        if self._logs or self._updates:
             self._log()
-        for name in dict.fromkeys(rule.name for variant in self.variants for rule in variant.rules):
-            self._class(name)
-        self.table.chains.extend(self._shared.values())
-        self._check_depth()
+        spans: dict[str, Span] = {}
+        for rule in (rule for variant in self.variants for rule in variant.rules):
+            spans.setdefault(rule.name, rule.span)
+        for name, span in spans.items():
+            self._class(name, span)
+        if self._updates:
+            self._update()
+        self._asked_sets()
 
     # Chains and rules.
 
     def _chain(self, name: str, span: Span, hook: BaseHook | None = None) -> Chain:
-        chain = Chain(name, span, hook)
+        chain = Chain(self.prefix + name, span, self.policy.name, hook)
         self.table.chains.append(chain)
         return chain
 
     def _further(self, chain: Chain, span: Span) -> Chain:
         """A chain that continues one: `classify_1` for `classify`."""
-        stem = chain.name.rstrip("0123456789").removesuffix("_")
+        stem = chain.name.removeprefix(self.prefix).rstrip("0123456789").removesuffix("_")
+        return self._numbered(stem, span)
+
+    def _numbered(self, stem: str, span: Span) -> Chain:
+        return self._chain(f"{stem}_{self._number(stem)}", span)
+
+    def _number(self, stem: str) -> int:
         self._names[stem] = self._names.get(stem, 0) + 1
-        return self._chain(f"{stem}_{self._names[stem]}", span)
+        return self._names[stem]
+
+    def _goto(self, name: str) -> str:
+        return f"goto {self.prefix}{name}"
 
     def _rule(self, chain: Chain, text: str, span: Span, label: str = "") -> None:
+        if self.table.family == "netdev":
+            # Its packets have no nfproto; the protocol above the link tells the same.
+            text = re.sub(r"meta nfproto (!= )?ip(v4|v6)", _as_protocol, text)
         chain.rules.append(Rule(text.strip(), span, label))
 
     # Counters and sets.
+
+    def _counter(self, name: str, kind: str, of: str, span: Span) -> str:
+        """Make a named counter; its statement."""
+        full = self.prefix + name
+        if full not in self._counted:
+            self._counted.add(full)
+            counter = Counter(full, kind, of, span, self.policy.name)
+            self.table.counters.append(counter)
+        return f'counter name "{full}"'
 
     def _counters(self) -> None:
         # A class that nothing can reach keeps its counter: it is there, at 0.
         spans = {rule.name: rule.span for rule in reversed(self.policy.rules)}
         for name in self.policy.classes:
-            self.table.counters.append(Counter(f"class_{name}", "class", name, spans[name]))
+            self._counter(f"class_{name}", "class", name, spans[name])
         for count in self.policy.counts:
-            name = f"flow_{count.flow.name}_uncounted"
-            self.table.counters.append(Counter(name, "uncounted", count.flow.name, count.span))
+            flow = count.flow.name
+            self._counter(f"flow_{flow}_uncounted", "uncounted", flow, count.span)
 
     # Hooks.
 
     def _hooks(self) -> None:
         """The base chains; several share a chain for the interest."""
         span = self.policy.interest.span
-        priority = MANGLE + self.policy.priority
-        bases = [self._chain(h, span, BaseHook(h, priority)) for h in self.policy.hooks]
+        bases = [self._base(hook, self.policy.at) for hook in self.policy.hooks]
         chain = bases[0]
         if len(bases) > 1:
             chain = self._chain("interest", span)
             for base in bases:
-                self._rule(base, "goto interest", span)
+                self._rule(base, self._goto("interest"), span)
+        if self.table.family == "netdev":
+            self._rule(chain, "meta protocol != { ip, ip6 } return", span)
         if asks_transport(self.whole.interest) and self.fragments is not None:
             self._divert(chain, self._fragments_of_interest(chain, self.fragments), span)
-        self._interest(chain, self.whole.interest, "goto classify")
+        self._interest(chain, self.whole.interest, self._goto("classify"))
+
+    def _base(self, hook: str, span: Span) -> Chain:
+        kind, _, device = hook.partition(" ")
+        # Only chains of this type have a packet of our own routed anew.
+        reroutes = kind == "output" and any(step.action.reroutes for step in self._all_steps())
+        name = kind + (f"_{re.sub(r'[^A-Za-z0-9_]', '_', device.strip(chr(34)))}" if device else "")
+        while any(c.name == self.prefix + name for c in self.table.chains):
+            name += f"_{self.policy.hooks.index(hook)}"
+        priority = MANGLE + self.policy.priority
+        return self._chain(name, span, BaseHook(hook, priority, "route" if reroutes else "filter"))
+
+    def _all_steps(self) -> Iterable[ir.Step]:
+        stack = [step for steps in self.policy.process.values() for step in steps]
+        while stack:
+            match stack.pop():
+                case ir.Step() as step:
+                    yield step
+                case ir.Limit() as limit:
+                    stack.extend(limit.otherwise)
 
     def _interest(self, chain: Chain, interest: ir.Condition, target: str) -> None:
         inside, self.facts = self.facts, Facts(self.policy.hooks)  # nothing is known yet
@@ -133,7 +278,8 @@ class _Lowering:
         """Where later fragments go, if the interest asks for ports."""
         if is_false(fragments.interest):
             return "return"
-        other = self._chain(f"{chain.name}_fragments", self.policy.interest.span)
+        name = f"{chain.name.removeprefix(self.prefix)}_fragments"
+        other = self._chain(name, self.policy.interest.span)
         self._interest(other, fragments.interest, self._fragment_class(fragments))
         return f"goto {other.name}"
 
@@ -147,46 +293,61 @@ class _Lowering:
 
     @property
     def _unclassified(self) -> str:
-        return "goto log_flows" if self.policy.counts else "return"
+        return self._goto("log_flows") if self._logs or self._updates else "return"
 
     def _fragment_class(self, fragments: Variant) -> str:
         """Where later fragments of interest go: to their class, if that is plain."""
         if not fragments.rules:
             return self._unclassified
-        if fragments.rules[0].condition is None:
-            return f"goto class_{fragments.rules[0].name}"
-        return "goto classify_fragments"
+        if len(fragments.draws) == 1 and fragments.rules[0].condition is None:
+            return self._goto(f"class_{fragments.rules[0].name}")
+        return self._goto("classify_fragments")
 
     def _classify(self) -> None:
         chain = self._chain("classify", self.policy.span)
         if self.fragments is not None:
             target = self._fragment_class(self.fragments)
-            if not asks_transport(self.whole.interest):
-                span = self.whole.rules[0].span
-                self._divert(chain, target, span)
-            self._rules(chain, self.whole)
-            if target == "goto classify_fragments":
-                self._rules(self._chain("classify_fragments", self.policy.span), self.fragments)
+            asked = [r for r in self.policy.rules if r.condition and asks_transport(r.condition)]
+            if asked and not asks_transport(self.whole.interest):
+                self._divert(chain, target, asked[0].span)
+            self._draws(chain, self.whole)
+            if target == self._goto("classify_fragments"):
+                self._draws(self._chain("classify_fragments", self.policy.span), self.fragments)
         else:
-            self._rules(chain, self.whole)
+            self._draws(chain, self.whole)
 
-    def _rules(self, chain: Chain, variant: Variant) -> None:
-        outside, self.facts = self.facts, variant.facts
-        for index, rule in enumerate(variant.rules):
-            target, label = f"goto class_{rule.name}", rule.name
+    def _draws(self, chain: Chain, variant: Variant) -> None:
+        """The classes; where they ask for `random`, one number is drawn for all of them."""
+        if len(variant.draws) == 1:
+            self._rules(chain, variant.draws[0], variant.facts)
+            return
+        span = variant.rules[0].span if variant.rules else self.policy.span
+        entries = []
+        for draw in variant.draws:
+            drawn = self._further(chain, span)
+            entries.append(f"{_interval(draw)} : goto {drawn.name}")
+            self._rules(drawn, draw, variant.facts)
+        mapping = f"numgen random mod {MOST_DRAWN + 1} vmap {{ {', '.join(entries)} }}"
+        self._rule(chain, mapping, span)
+
+    def _rules(self, chain: Chain, draw: Draw, facts: Facts) -> None:
+        outside, self.facts = self.facts, facts
+        for index, rule in enumerate(draw.rules):
+            target, label = self._goto(f"class_{rule.name}"), rule.name
             if rule.condition is None:
                 self._rule(chain, target, rule.span, label)
                 break
-            following = variant.rules[index + 1 : index + 2]
+            following = draw.rules[index + 1 : index + 2]
             fallback = ""
             if not following:
                 fallback = self._unclassified
             elif following[0].condition is None:
-                fallback = f"goto class_{following[0].name}"
+                fallback = self._goto(f"class_{following[0].name}")
             self._emit(chain, rule.condition, target, fallback, label)
         else:
-            if self.policy.counts:
-                self._rule(chain, self._unclassified, self.policy.counts[0].span)
+            if self._unclassified != "return":
+                asked = (*self.policy.counts, *self.policy.notes, *self.policy.updates)
+                self._rule(chain, self._unclassified, asked[0].span)
         self.facts = outside
 
     def _emit(
@@ -222,9 +383,9 @@ class _Lowering:
             match term:
                 case ir.Or():
                     choices.append(term)
-                case ir.Not(term=ir.Test() | ir.Bits() | ir.Over() as leaf):
+                case ir.Not(term=ir.Test() | ir.Member() | ir.Bits() | ir.Over() as leaf):
                     negative.append(leaf)
-                case ir.Test() | ir.Bits() | ir.Over():
+                case ir.Test() | ir.Member() | ir.Bits() | ir.Over():
                     positive.append(term)
                 case _:
                     raise TypeError(f"not in normal form: {term!r}")
@@ -251,32 +412,39 @@ class _Lowering:
     def _match(
         self, chain: Chain, leaves: Sequence[Leaf], verdict: str, span: Span, label: str
     ) -> None:
-        for _, text in matches(leaves, self.facts):
+        for _, text in matches(leaves, self.facts, self.prefix):
             self._rule(chain, f"{text} {verdict}", span, label)
 
     # Logging.
 
-    def _asked(self, flow: ir.Flow) -> list[tuple[str, int, Span]]:
-        """The thresholds (attribute, number, place) that conditions ask of a flow, sorted."""
+    def _asked(self, flow: ir.Flow) -> dict[str, list[tuple[int, Span]]]:
+        """For each attribute, the thresholds (number, place) that are asked of a flow, sorted."""
         found: dict[tuple[str, int], Span] = {}
-        stack = [
-            rule.condition
-            for variant in self.variants
-            for rule in variant.rules
-            if rule.condition is not None
-        ]
-        while stack:
-            match stack.pop():
-                case ir.Over() as over if over.flow is flow:
-                    found.setdefault((over.attribute, over.threshold), over.span)
-                case ir.Not() as negation:
-                    stack.append(negation.term)
-                case ir.And() | ir.Or() as several:
-                    stack.extend(several.terms)
-        return [(*asked, found[asked]) for asked in sorted(found)]
+        for variant in self.variants:
+            for asked in (*variant.rules, *variant.updates):
+                for leaf in ir.leaves(asked.condition):
+                    if isinstance(leaf, ir.Over) and leaf.flow is flow:
+                        found.setdefault((leaf.attribute, leaf.threshold), leaf.span)
+        by_attribute: dict[str, list[tuple[int, Span]]] = {}
+        for attribute, threshold in sorted(found):
+            place = (threshold, found[attribute, threshold])
+            by_attribute.setdefault(attribute, []).append(place)
+        return by_attribute
 
     def _log(self) -> None:
-        chain = self._chain("log_flows", self.policy.counts[0].span)
+        """What is done with each packet of interest; those without a class end here, too."""
+        first = (*self.policy.counts, *self.policy.notes, *self.policy.updates)[0]
+        chain = self._chain("log_flows", first.span)
+        if self._updates:
+            # For a packet of class 0 nothing comes between logging and updating.
+            both, chain = chain, self._chain("log_only", first.span)
+            if self._logs:
+                self._rule(both, f"jump {chain.name}", first.span)
+            else:
+                self.table.chains.remove(chain)
+            self._rule(both, self._goto("update_sets"), self.policy.updates[0].span)
+        for note in self.policy.notes:
+            self._note(chain, note)
         # A later fragment is in no flow that is keyed by ports.
         counts = sorted(self.policy.counts, key=lambda count: keyed_by_transport(count.flow))
         diverted = False
@@ -288,10 +456,25 @@ class _Lowering:
             for family in families:
                 self._count(chain, count, family)
 
+    def _note(self, chain: Chain, note: ir.Sample | ir.Record) -> None:
+        """A sample or a record, counted."""
+        match note:
+            case ir.Sample():
+                counter = self._counter("sampled", "sampled", "", note.span)
+                text = (
+                    f"numgen inc mod {note.many} 0 {counter} "
+                    f'log prefix "{self.policy.name}" group {note.group} snaplen 128'
+                )
+            case ir.Record():
+                counter = self._counter("recorded", "recorded", "", note.span)
+                rate = f"{note.amount}/{rates.unit(note.seconds)} burst {note.amount} packets"
+                text = f'limit rate {rate} {counter} log prefix "{note.prefix}"'
+        self._rule(chain, text, note.span)
+
     def _count(self, chain: Chain, count: ir.Count, family: int) -> None:
         """Count one flow for one family: a set for each threshold, or one without any."""
         flow = count.flow
-        matched = key_match(flow, family, self.facts)
+        matched = key_match(flow.key, family, self.facts, flow.span)
         if matched is None:
             self.findings.warning(
                 "W006",
@@ -301,33 +484,104 @@ class _Lowering:
             return
         guard, key = matched
         asked = self._asked(flow)
+        ages = [threshold for threshold, _ in asked.get("age", ())]
+        for threshold in ages:
+            # Put among the young by its first packet, and taken out by time alone.
+            young = young_set(flow, threshold, family)
+            known = self.prefix + over_set(flow, "packets", 0, family)
+            # A young flow may outlive its entry, so there can be more of them than entries:
+            # each place in the table is taken anew once a time-out at most.
+            often = 0 if flow.timeout is None else -(-threshold // flow.timeout)
+            size = min(flow.size * (1 + often), _MOST_ELEMENTS)
+            self._flow_set(flow, young, "over", family, key, timeout=threshold, size=size)
+        if ages:
+            # Known first: what finds no room there is not young either.
+            entries = "".join(
+                f"update @{self.prefix}{young_set(flow, threshold, family)} {{ {key} }} "
+                for threshold in ages
+            )
+            new = f"{key} != @{known} update @{known} {{ {key} }} {entries}"
+            self._rule(chain, f"{guard} {new}", count.span)
         # One packet takes a flow over a threshold of 0: it needs no meter, and comes
         # first, so that a flow that finds no room there is not counted either.
-        entry = "".join(
-            self._latch(flow, attribute, 0, family, key)
-            for attribute, number, _ in asked
-            if number == 0
-        )
-        metered = [threshold for threshold in asked if threshold[1]]
-        stem = first = f"flow_{flow.name}_{family_suffix(family)}"
+        totals = [(a, n, s) for a in ("bytes", "packets") for n, s in asked.get(a, ())]
+        zero = dict.fromkeys(attribute for attribute, number, _ in totals if number == 0)
+        if ages:
+            zero["packets"] = None
+        entry = "".join(self._latch(flow, attribute, 0, family, key) for attribute in sorted(zero))
+        metered = [threshold for threshold in totals if threshold[1]]
+        stem = first = flow_set(flow, family)
         for index, (attribute, number, span) in enumerate(metered):
-            name = f"{stem}_{number}_{attribute}"
+            name = f"{stem}_{threshold_name(attribute, number)}"
             first = first if index else name
             self._flow_set(flow, name, "meter" if index else "count", family, key)
             latch = self._latch(flow, attribute, number, family, key)
             meter = self._meter(attribute, number, span)
-            update = f"update @{name} {{ {key} counter {meter} }} {latch}"
+            update = f"update @{self.prefix}{name} {{ {key} counter {meter} }} {latch}"
             self._rule(chain, f"{guard} {'' if index else entry}{update}", count.span)
         if not metered:
             self._flow_set(flow, stem, "count", family, key)
-            self._rule(chain, f"{guard} {entry}update @{stem} {{ {key} counter }}", count.span)
-        full = f'{guard} {key} != @{first} counter name "flow_{flow.name}_uncounted"'
-        self._rule(chain, full, count.span)
+            update = f"update @{self.prefix}{stem} {{ {key} counter }}"
+            self._rule(chain, f"{guard} {entry}{update}", count.span)
+        uncounted = self._counter(f"flow_{flow.name}_uncounted", "uncounted", flow.name, count.span)
+        self._rule(chain, f"{guard} {key} != @{self.prefix}{first} {uncounted}", count.span)
+        for attribute in ("byte_rate", "packet_rate"):
+            for threshold, span in asked.get(attribute, ()):
+                self._rate(chain, count, family, guard, key, attribute, threshold, span)
+        for threshold, _ in asked.get("connections", ()):
+            self._connections(chain, count, family, guard, key, threshold)
+
+    def _rate(
+        self,
+        chain: Chain,
+        count: ir.Count,
+        family: int,
+        guard: str,
+        key: str,
+        attribute: str,
+        threshold: int,
+        span: Span,
+    ) -> None:
+        """A bucket in each element, one period deep; where it runs out, the flow is over."""
+        flow, in_bytes = count.flow, attribute == "byte_rate"
+        amount, seconds, _ = rates.period(threshold, in_bytes)
+        if not rates.fits(amount, seconds, 0 if in_bytes else amount, in_bytes):
+            self.findings.error(
+                "E042", "the kernel cannot measure this rate", span,
+                help=rates.advice(amount, seconds, 0, in_bytes),
+            )  # fmt: skip
+            return
+        name = f"{flow_set(flow, family)}_{threshold_name(attribute, threshold)}"
+        self._flow_set(flow, name, "meter", family, key)
+        over = over_set(flow, attribute, threshold, family)
+        self._flow_set(flow, over, "over", family, key, timeout=OVER_RATE)
+        limit = _limit(amount, seconds, in_bytes, 0 if in_bytes else amount)
+        update = f"update @{self.prefix}{name} {{ {key} {limit} }}"
+        self._rule(chain, f"{guard} {update} update @{self.prefix}{over} {{ {key} }}", count.span)
+
+    def _connections(
+        self, chain: Chain, count: ir.Count, family: int, guard: str, key: str, threshold: int
+    ) -> None:
+        """The flow's open connections, counted by conntrack; over or not as of this packet."""
+        flow = count.flow
+        name = f"{flow_set(flow, family)}_{threshold_name('connections', threshold)}"
+        # The kernel takes no time-out here; it drops elements without connections.
+        self._flow_set(flow, name, "meter", family, key, timeout=None, timed=False)
+        over = over_set(flow, "connections", threshold, family)
+        self._flow_set(flow, over, "over", family, key)
+        inner = self._numbered("connections", count.span)
+        # The kernel would count a packet of no connection as one, or drop it if it cannot.
+        tracked = "ct state != { invalid, untracked }"
+        self._rule(chain, f"{guard} {tracked} jump {inner.name}", count.span)
+        update = f"update @{self.prefix}{over} {{ {key} }}"
+        counted = f"add @{self.prefix}{name} {{ {key} ct count over {threshold} }}"
+        self._rule(inner, f"{counted} {update} return", count.span)
+        self._rule(inner, f"delete @{self.prefix}{over} {{ {key} }}", count.span)
 
     def _latch(self, flow: ir.Flow, attribute: str, threshold: int, family: int, key: str) -> str:
         name = over_set(flow, attribute, threshold, family)
         self._flow_set(flow, name, "over", family, key)
-        return f"update @{name} {{ {key} }} "
+        return f"update @{self.prefix}{name} {{ {key} }} "
 
     def _meter(self, attribute: str, threshold: int, span: Span) -> str:
         """The statement that lets a rule go on from the packet after the threshold."""
@@ -344,73 +598,259 @@ class _Lowering:
         )
         return f"limit rate over 1/{unit} burst {threshold} packets"
 
-    def _flow_set(self, flow: ir.Flow, name: str, role: str, family: int, key: str) -> None:
+    def _flow_set(
+        self,
+        flow: ir.Flow,
+        name: str,
+        role: str,
+        family: int,
+        key: str,
+        *,
+        timeout: int | None = -1,
+        timed: bool = True,
+        size: int = 0,
+    ) -> None:
+        """A set of the flow's; its time-out and size are the flow's if none is given."""
         self.table.sets.append(
             FlowSet(
-                name=name,
+                name=self.prefix + name,
+                policy=self.policy.name,
                 flow=flow.name,
                 role=role,
                 family=family,
                 key=tuple(f.name for f in flow.key),
                 types=tuple(f.key_type(family) for f in flow.key),
                 expression=key,
-                size=flow.size,
-                timeout=flow.timeout,
+                size=size or flow.size,
+                timeout=flow.timeout if timeout == -1 else timeout,
                 span=flow.span,
+                timed=timed,
             )
         )
 
     # Processing.
 
-    def _class(self, name: str) -> None:
-        span = next(r.span for v in self.variants for r in v.rules if r.name == name)
+    def _class(self, name: str, span: Span) -> None:
         chain = self._chain(f"class_{name}", span)
-        log = " jump log_flows" if self.policy.counts else ""
-        self._rule(chain, f'counter name "class_{name}"{log}', span, name)
+        counter = self._counter(f"class_{name}", "class", name, span)
+        logging = "log_only" if self._updates else "log_flows"
+        log = f" jump {self.prefix}{logging}" if self._logs else ""
+        self._rule(chain, f"{counter}{log}", span, name)
         steps = self.policy.process.get(name, ())
+        self._steps(chain, steps, name)
+        # The verdict is always given: `classify` may have jumped here, and a chain
+        # that just ends would return into it.
+        if not ir.verdict(steps):
+            self._end(chain, ("accept",), steps[-1].span if steps else span, name)
+
+    def _steps(self, chain: Chain, steps: ir.Steps, label: str) -> None:
         for step in steps:
+            if isinstance(step, ir.Limit):
+                self._limit(chain, step, label)
+                continue
+            rules: dict[str, None] = {}
             for family in self.facts.families:
-                rules = step.action.lower(family)
-                if rules is None:
+                lowered = step.action.lower(family, self.facts.protocols)
+                if lowered is None:
                     raise NotImplementedError(f"{step.action} is not placed in the kernel")
-                for text in rules.rules:
-                    self._rule(chain, text, step.span, name)
-                for shared, content in rules.chains.items():
+                rules.update(dict.fromkeys(lowered.rules))
+                for shared, content in lowered.chains.items():
                     if shared not in self._shared:
                         self._shared[shared] = Chain(shared, step.span)
                         for text in content:
                             self._rule(self._shared[shared], text, step.span)
-        # The verdict is always given: `classify` may have jumped here, and a chain
-        # that just ends would return into it.
-        verdict = steps[-1].action.verdict if steps else ""
-        self._rule(chain, verdict or "accept", steps[-1].span if steps else span, name)
+            for text in rules:
+                self._rule(chain, text, step.span, label)
+            if step.action.verdict:
+                self._end(chain, step.action.ending, step.span, label)
 
-    # The kernel's bound on nesting.
+    def _end(self, chain: Chain, ending: Iterable[str], span: Span, label: str) -> None:
+        """What comes last: the updates, then the verdict."""
+        if self._updates:
+            self._rule(chain, f"jump {self.prefix}update_sets", span, label)
+        for text in ending:
+            self._rule(chain, text, span, label)
 
-    def _check_depth(self) -> None:
-        follow = {chain.name: chain for chain in self.table.chains}
-        level = self.table.base_chains
-        for _ in range(DEEPEST_CHAIN):
-            reached = {
-                word
-                for chain in level
-                for rule in chain.rules
-                for word in rule.text.replace(",", " ").split()
-                if word in follow
-            }
-            if not reached:
-                return
-            level = [follow[name] for name in sorted(reached)]
-        self.findings.error(
-            "E041",
-            f"a condition nests too deep for the kernel, which follows {DEEPEST_CHAIN} jumps",
-            level[0].span,
-            help="split it into several `CLASS when …` lines: they are or-ed",
+    def _limit(self, chain: Chain, limit: ir.Limit, label: str) -> None:
+        """A packet that finds the bucket empty goes another way, and may come back."""
+        verb = "goto" if ir.verdict(limit.otherwise) else "jump"
+        plain = limit.otherwise[0] if len(limit.otherwise) == 1 else None
+        if isinstance(plain, ir.Step) and plain.action.verdict == "drop" and not self._updates:
+            target = "drop"
+        elif limit.otherwise:
+            otherwise = self._numbered("limit", limit.span)
+            target = f"{verb} {otherwise.name}"
+        else:
+            return
+        over = _limit(limit.amount, limit.seconds, limit.in_bytes, limit.burst)
+        if limit.flow is None:
+            self._rule(chain, f"{over} {target}", limit.span, label)
+        else:
+            self._limit_each(chain, limit, limit.flow, over, target, label)
+        if target != "drop":
+            self._steps(otherwise, limit.otherwise, label)
+
+    def _limit_each(
+        self, chain: Chain, limit: ir.Limit, flow: ir.Flow, over: str, target: str, label: str
+    ) -> None:
+        """A bucket for each entry of a flow; a later fragment is in none that has ports."""
+        buckets = self._number("buckets")
+        if keyed_by_transport(flow):
+            outer, chain = chain, self._chain(f"buckets_{buckets}", limit.span)
+            self._rule(outer, f"jump {chain.name}", limit.span, label)
+            self._divert(chain, "return", limit.span)
+        for family in self.facts.families if flow.by_address else (ANY_FAMILY,):
+            matched = key_match(flow.key, family, self.facts, flow.span)
+            if matched is None:
+                continue
+            guard, key = matched
+            name = f"{flow_set(flow, family)}_limit_{buckets}"
+            self._flow_set(flow, name, "meter", family, key)
+            text = f"{guard} update @{self.prefix}{name} {{ {key} {over} }} {target}"
+            self._rule(chain, text, limit.span, label)
+
+    # Updating.
+
+    def _update(self) -> None:
+        chain = self._chain("update_sets", self.policy.updates[0].span)
+        # As they were written: a variant no longer asks whether it is one of fragments.
+        asked = self.policy.updates
+        by_transport = any(
+            (u.condition is not None and asks_transport(u.condition))
+            or u.field.protocols is not None
+            for u in asked
         )
+        if self.fragments is not None and by_transport:
+            target = "return"
+            if self.fragments.updates:
+                target = self._goto("update_fragments")
+                self._changes(self._chain("update_fragments", chain.span), self.fragments)
+            self._divert(chain, target, chain.span)
+        self._changes(chain, self.whole)
+
+    def _changes(self, chain: Chain, variant: Variant) -> None:
+        outside, self.facts = self.facts, variant.facts
+        for update in variant.updates:
+            if update.condition is None:
+                self._change(chain, update)
+                continue
+            # In chains of their own, so that a condition of many parts counts once.
+            asked, inner = (
+                self._numbered("update", update.span),
+                self._numbered("change", update.span),
+            )
+            before = len(self.table.chains)
+            self._emit(asked, update.condition, f"goto {inner.name}", "return")
+            self._change(inner, update)
+            inside = [asked, *self.table.chains[before:]]
+            if any(" jump " in f" {rule.text}" for one in inside for rule in one.rules):
+                self._once(chain, inside, inner, update.span)
+            else:
+                self._rule(chain, f"jump {asked.name}", update.span)
+        self.facts = outside
+
+    def _once(self, chain: Chain, inside: Sequence[Chain], change: Chain, span: Span) -> None:
+        """A change for a condition of several chains, which ends in them and not behind them.
+
+        It would be made (and counted) again for each alternative that holds. So it sets a
+        bit of the mark, one of the compiler's own, at which the others stop.
+        """
+        clear = f"meta mark set meta mark & {0xFFFF_FFFF ^ _CHANGED:#010x}"
+        for one in inside:
+            rules, one.rules = one.rules, []
+            for index, rule in enumerate(rules):
+                one.rules.append(rule)
+                if " jump " in f" {rule.text}" and index < len(rules) - 1:
+                    self._rule(one, f"meta mark & {_CHANGED:#010x} != 0 return", rule.span)
+        self._rule(change, f"meta mark set meta mark | {_CHANGED:#010x}", span)
+        self._rule(chain, clear, span)
+        self._rule(chain, f"jump {inside[0].name}", span)
+        self._rule(chain, clear, span)
+
+    def _change(self, chain: Chain, update: ir.Addition | ir.Removal) -> None:
+        for family in self.facts.families if update.field.by_family else (ANY_FAMILY,):
+            matched = key_match([update.field], family, self.facts, update.span)
+            if matched is None or not update.field.in_family(family):
+                continue
+            guard, key = matched
+            name = self._learned_set(update.set, update.field, family, key)
+            if isinstance(update, ir.Removal):
+                self._rule(chain, f"{guard} delete @{name} {{ {key} }}", update.span)
+                continue
+            time = f" timeout {duration(update.timeout)}" if update.timeout is not None else ""
+            self._rule(chain, f"{guard} update @{name} {{ {key}{time} }}", update.span)
+            counter = f"set_{update.set.name}_unlearned"
+            statement = self._counter(counter, "unlearned", update.set.name, update.span)
+            self._rule(chain, f"{guard} {key} != @{name} {statement}", update.span)
+
+    def _asked_sets(self) -> None:
+        """The learned sets that conditions ask, whoever fills them."""
+        for leaf in (leaf for c in self.policy.conditions for leaf in ir.leaves(c)):
+            if not isinstance(leaf, ir.Member):
+                continue
+            for family in FAMILIES if leaf.field.by_family else (ANY_FAMILY,):
+                matched = key_match([leaf.field], family, self.facts, leaf.span)
+                if matched is not None:
+                    self._learned_set(leaf.set, leaf.field, family, matched[1])
+
+    def _learned_set(self, one: ir.LearnedSet, field: Field, family: int, key: str) -> str:
+        name = named_set(one, family)
+        timeout = FOR_EVER if one.timeout is None else one.timeout
+        if all(s.name != name for s in self.table.sets):
+            self.table.sets.append(
+                FlowSet(
+                    name=name, policy="", flow=one.name, role="learned", family=family,
+                    key=(field.name,), types=(field.key_type(family),), expression=key,
+                    size=one.size, timeout=timeout, span=one.span,
+                )
+            )  # fmt: skip
+        return name
+
+
+def _limit(amount: int, seconds: int, in_bytes: bool, burst: int) -> str:
+    """The statement that holds for packets over a rate."""
+    unit = rates.unit(seconds)
+    if in_bytes:
+        extra = f" burst {burst} bytes" if burst else ""
+        return f"limit rate over {amount} bytes/{unit}{extra}"
+    return f"limit rate over {amount}/{unit} burst {burst} packets"
+
+
+def _interval(draw: Draw) -> str:
+    return str(draw.low) if draw.low == draw.high else f"{draw.low}-{draw.high}"
+
+
+def _as_protocol(found: re.Match[str]) -> str:
+    return f"meta protocol {found[1] or ''}ip" + ("6" if found[2] == "v6" else "")
+
+
+# The kernel's bound on nesting.
+
+
+def _check_depth(table: Table, findings: Findings) -> None:
+    follow = {chain.name: chain for chain in table.chains}
+    level = table.base_chains
+    for _ in range(DEEPEST_CHAIN):
+        reached = {
+            word
+            for chain in level
+            for rule in chain.rules
+            for word in rule.text.replace(",", " ").split()
+            if word in follow
+        }
+        if not reached:
+            return
+        level = [follow[name] for name in sorted(reached)]
+    findings.error(
+        "E041",
+        f"a condition nests too deep for the kernel, which follows {DEEPEST_CHAIN} jumps",
+        level[0].span,
+        help="split it into several `CLASS when …` lines: they are or-ed",
+    )
 
 
 def _positive(condition: ir.Condition) -> bool:
     """Is the condition nothing but tests that must hold?"""
     return not is_false(condition) and all(
-        isinstance(term, ir.Test | ir.Bits | ir.Over) for term in conjuncts(condition)
+        isinstance(term, ir.Test | ir.Member | ir.Bits | ir.Over) for term in conjuncts(condition)
     )

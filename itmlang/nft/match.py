@@ -11,11 +11,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from itmlang import ir, values
-from itmlang.fields import ANY_FAMILY, FIELDS, Field
+from itmlang.fields import ANY_FAMILY, EGRESS, FIELDS, INGRESS, Field, hook_kind
+from itmlang.rates import period
 from itmlang.simplify import Facts
-from itmlang.values import IPV4, Names, Ranges
+from itmlang.source import Span
+from itmlang.values import IPV4, Names, Ranges, ValueSet
 
-Leaf = ir.Test | ir.Bits | ir.Over
+Leaf = ir.Test | ir.Member | ir.Bits | ir.Over
+
+# Types of which nftables has a set with intervals that any field of the type can ask.
+_SET_TYPES = (values.ADDRESS, values.PORT, values.INTERFACE, values.PROTOCOL)
+
+_IPV6_HEADER, _LONGEST = 40, 65_535
 
 # The protocols whose header nft knows by name, for `tcp sport` instead of `th sport`.
 _HEADERS = {6: "tcp", 17: "udp", 33: "dccp", 132: "sctp", 136: "udplite"}
@@ -37,18 +44,18 @@ class Context:
         return "th"
 
 
-def matches(terms: Sequence[Leaf], facts: Facts) -> Iterator[tuple[int, str]]:
+def matches(terms: Sequence[Leaf], facts: Facts, prefix: str = "") -> Iterator[tuple[int, str]]:
     """(family, match) for each family of packets on which all of the terms can hold.
 
     The family is ANY_FAMILY where one match serves both. An empty match holds
-    for every packet.
+    for every packet. `prefix` stands before the names of flow sets.
     """
     context, guard, rest = _guard(terms, facts)
     if context.protocols.empty:
         return
-    names_family = any(_by_family(term) for term in rest)
+    names_family = any(_by_family(term, facts) for term in rest)
     for family in facts.families if names_family else (ANY_FAMILY,):
-        parts = [_leaf(term, family, context) for term in rest]
+        parts = [_leaf(term, family, context, prefix) for term in rest]
         if any(part is None for part in parts):
             continue
         texts = [part for part in parts if part]
@@ -62,16 +69,18 @@ def key_expression(flow: ir.Flow, family: int, context: Context) -> str:
     return " . ".join(_expression(field, family, context) for field in flow.key)
 
 
-def key_match(flow: ir.Flow, family: int, facts: Facts) -> tuple[str, str] | None:
-    """(match that must come first, key) for statements on a flow's set.
+def key_match(
+    key: Sequence[Field], family: int, facts: Facts, span: Span
+) -> tuple[str, str] | None:
+    """(match that must come first, key) for statements on a set with these fields.
 
     None if no packet has the key.
     """
-    over = ir.Over(flow, "packets", 0, flow.span)
-    context, guard, _ = _guard([over], facts)
+    flow = ir.Flow("", tuple(key), None, 0, span)
+    context, guard, _ = _guard([ir.Over(flow, "packets", 0, span)], facts)
     if context.protocols.empty:
         return None
-    present = [f.present for f in flow.key if f.present and not facts.always_has(f)]
+    present = [f.present for f in key if f.present and not facts.always_has(f)]
     return " ".join([*guard, *present]), key_expression(flow, family, context)
 
 
@@ -79,22 +88,87 @@ def family_suffix(family: int) -> str:
     return {ANY_FAMILY: "inet", IPV4: "ip"}.get(family, "ip6")
 
 
+def flow_set(flow: ir.Flow, family: int) -> str:
+    """The name of the set that holds a flow's entries, and the beginning of the others' names."""
+    return f"flow_{flow.name}_{family_suffix(family)}"
+
+
+def threshold_name(attribute: str, threshold: int) -> str:
+    """A threshold as part of a set's name: `10_packets`, `500_packets_per_second`."""
+    match attribute:
+        case "age":
+            return f"{values.duration_text(threshold)}_age"
+        case "packet_rate":
+            amount, _, unit = period(threshold, False)
+            return f"{amount}_packets_per_{unit}"
+        case "byte_rate":
+            amount, _, unit = period(threshold, True)
+            return f"{amount}_bytes_per_{unit}"
+        case _:
+            return f"{threshold}_{attribute}"
+
+
 def over_set(flow: ir.Flow, attribute: str, threshold: int, family: int) -> str:
     """The name of the set of flows that are past a threshold."""
-    return f"flow_{flow.name}_{family_suffix(family)}_over_{threshold}_{attribute}"
+    return f"{flow_set(flow, family)}_over_{threshold_name(attribute, threshold)}"
 
 
-def _by_family(term: Leaf) -> bool:
+def young_set(flow: ir.Flow, threshold: int, family: int) -> str:
+    """The name of the set of flows that are not older than a threshold, in milliseconds."""
+    return f"{flow_set(flow, family)}_{threshold_name('age', threshold)}"
+
+
+def named_set(one: ir.AnySet, family: int) -> str:
+    """The name of a named or learned set; one of addresses has two, by family."""
+    kind = "learned" if isinstance(one, ir.LearnedSet) else "set"
+    if one.type is values.ADDRESS:
+        return f"{kind}_{one.name}_{family_suffix(family)}"
+    # A set of ports `x_ip` is not the IPv4 half of a set of addresses `x`.
+    alike = one.name.endswith(("_ip", "_ip6", "_inet"))
+    return f"{kind}_{one.name}" + ("_inet" if alike else "")
+
+
+def refers(test: ir.Test, family: int) -> str:
+    """How a test refers to its named set: `@name`, `!= @name`, or "" if it cannot."""
+    named = test.named
+    if named is None or named.type not in _SET_TYPES:
+        return ""
+    asked, held = _of_family(test.values, family), _of_family(named.values, family)
+    if not asked.empty and not asked.full:
+        if asked == held:
+            return "@" + named_set(named, family)
+        if asked == held.complement():
+            return "!= @" + named_set(named, family)
+    return ""
+
+
+def _of_family(found: ValueSet, family: int) -> ValueSet:
+    return found.family(family) if isinstance(found, values.Addresses) else found
+
+
+def _by_family(term: Leaf, facts: Facts) -> bool:
     match term:
         case ir.Over():
             return term.flow.by_address
+        case ir.Member() if term.field is FIELDS["family"]:
+            return False  # the set is asked, for both alike
         case _:
-            return len(term.field.families()) > 1 or term.field is FIELDS["family"]
+            named = term.field.by_family or term.field is FIELDS["family"]
+            return named or _length_in_header(term.field, facts)
+
+
+def _length_in_header(field: Field, facts: Facts) -> bool:
+    """Is the length to be read from the IP header?
+
+    At ingress and egress `meta length` is not yet, or no longer, that of the packet
+    alone: padding comes with it, or the link's header.
+    """
+    return field is FIELDS["length"] and any(hook_kind(h) in (INGRESS, EGRESS) for h in facts.hooks)
 
 
 def _implies_family(texts: Iterable[str]) -> bool:
     """Does nft itself put the test of the family before one of these?"""
-    return any(text.startswith(("ip ", "ip6 ")) for text in texts)
+    return any(text.startswith(("ip ", "ip6 ", "icmp type", "icmpv6 type")) for text in texts)
 
 
 def _fields(term: Leaf) -> tuple[Field, ...]:
@@ -118,8 +192,8 @@ def _guard(terms: Sequence[Leaf], facts: Facts) -> tuple[Context, list[str], lis
     if possible.empty or (not asked and possible == facts.protocols):
         return context, [], rest
     spelled = any("{proto}" in e for t in rest for f in _fields(t) for e in f.nft.values())
-    tcp_flags = any(FIELDS["tcp.flags"] in _fields(t) for t in rest)
-    if (spelled and context.header != "th") or (tcp_flags and context.header == "tcp"):
+    said = any(f.says_protocol for t in rest for f in _fields(t))
+    if (spelled and context.header != "th") or said:
         return context, [], rest  # nft puts `meta l4proto` before `tcp sport` by itself
     expression = FIELDS["protocol"].nft[ANY_FAMILY]
     return context, [expression + " " + _set(FIELDS["protocol"], ANY_FAMILY, possible)], rest
@@ -130,17 +204,29 @@ def _expression(field: Field, family: int, context: Context) -> str:
     return expression.format(proto=context.header)
 
 
-def _leaf(term: Leaf, family: int, context: Context) -> str | None:
+def _leaf(term: Leaf, family: int, context: Context, prefix: str) -> str | None:
     """The match for one term: "" if it always holds for the family, None if it never does."""
+    if not isinstance(term, ir.Over) and not term.field.in_family(family) and family != ANY_FAMILY:
+        return None
     match term:
         case ir.Over():
             own = family if term.flow.by_address else ANY_FAMILY
-            name = over_set(term.flow, term.attribute, term.threshold, own)
             present = " ".join(
                 f.present for f in term.flow.key if f.present and not context.facts.always_has(f)
             )
             key = key_expression(term.flow, family, context)
-            return f"{present} {key} @{name}".strip()
+            if term.attribute == "age":
+                known = over_set(term.flow, "packets", 0, own)
+                young = young_set(term.flow, term.threshold, own)
+                text = f"{present} {key} @{prefix}{known} {key} != @{prefix}{young}"
+            else:
+                name = over_set(term.flow, term.attribute, term.threshold, own)
+                text = f"{present} {key} @{prefix}{name}"
+            return text.strip()
+        case ir.Member():
+            present = "" if context.facts.always_has(term.field) else term.field.present
+            expression = _expression(term.field, family, context)
+            return f"{present} {expression} @{named_set(term.set, family)}".strip()
         case ir.Bits():
             expression = _expression(term.field, family, context)
             return f"{expression} & {term.field.nft_value(term.mask)} != 0"
@@ -152,7 +238,15 @@ def _test(test: ir.Test, family: int, context: Context) -> str | None:
     if test.field is FIELDS["family"] and family != ANY_FAMILY:
         assert isinstance(test.values, Ranges)
         return "" if (0 if family == IPV4 else 1) in test.values else None
+    if _length_in_header(test.field, context.facts):
+        assert isinstance(test.values, Ranges)
+        return _length(test.field, family, test.values)
     expression = _expression(test.field, family, context)
+    reference = refers(test, family)
+    if reference:
+        absent = reference.startswith("!=") and not context.facts.always_has(test.field)
+        present = test.field.present if absent else ""
+        return f"{present} {expression} {reference}".strip()
     match test.values:
         case Names():
             return _interface(test.field, expression, test.values, context)
@@ -163,6 +257,17 @@ def _test(test: ir.Test, family: int, context: Context) -> str | None:
             if own.empty:
                 return None
             return "" if own.full else f"{expression} {_set(test.field, family, own)}"
+
+
+def _length(field: Field, family: int, asked: Ranges) -> str | None:
+    """The length by the IP header; that of IPv6 leaves itself out."""
+    less = 0 if family == IPV4 else _IPV6_HEADER
+    written = Ranges.of(
+        _LONGEST, [(lo - less, hi if hi == asked.limit else hi - less) for lo, hi in asked.spans]
+    )
+    if written.empty:
+        return None
+    return f"{'ip' if family == IPV4 else 'ip6'} length {_set(field, family, written)}"
 
 
 def _interface(field: Field, expression: str, names: Names, context: Context) -> str:
@@ -178,9 +283,12 @@ def _interface(field: Field, expression: str, names: Names, context: Context) ->
 
 def _set(field: Field, family: int, found: Ranges) -> str:
     """The right side of a match: a value, a range, a set, or what it must not be."""
+    if field.listed:
+        return _elements(field, family, found)
     outside = found.complement()
     if found.full:
-        return f"{field.nft_value(0)}-{field.nft_value(found.limit)}"
+        # In numbers, for names do not stand in ranges.
+        return f"{0:{field.nft_format}}-{found.limit:{field.nft_format}}"
     if _written(field, outside) < _written(field, found):
         return "!= " + _elements(field, family, outside).removeprefix("== ")
     if (len(found.spans) == 1 and family not in values.FAMILIES) or field.type.kind != "address":
@@ -194,7 +302,7 @@ def _set(field: Field, family: int, found: Ranges) -> str:
 
 def _written(field: Field, found: Ranges) -> int:
     """How many elements it takes to write a set."""
-    if field.type is values.FLAGS and len(found.spans) > 1:
+    if field.listed or (field.type is values.FLAGS and len(found.spans) > 1):
         return sum(hi - lo + 1 for lo, hi in found.spans)
     return len(found.spans)
 

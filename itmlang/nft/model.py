@@ -27,28 +27,38 @@ class Rule:
 
 @dataclass(frozen=True)
 class BaseHook:
-    """Where a base chain hangs; `priority` is the kernel's."""
+    """Where a base chain hangs; `priority` is the kernel's, `kind` nftables' chain type.
+
+    The name has the device of an ingress or egress: `ingress "eth0"`.
+    """
 
     name: str
     priority: int
+    kind: str = "filter"
 
 
 @dataclass
 class Chain:
     name: str
     span: Span
+    policy: str = ""  # "" for one that the policies of a table share
     hook: BaseHook | None = None
     rules: list[Rule] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Counter:
-    """A named counter. `kind` is "class" or "uncounted" (a flow's packets that found no room)."""
+    """A named counter of a policy.
+
+    `kind` is "class", "uncounted" (a flow's packets that found no room), "unlearned"
+    (a learned set's), "sampled" or "recorded".
+    """
 
     name: str
     kind: str
     of: str
     span: Span
+    policy: str
 
 
 @dataclass(frozen=True)
@@ -56,11 +66,14 @@ class FlowSet:
     """A dynamic set with one element a flow.
 
     `role` is "count" (elements carry a counter; `key` names the fields), "meter"
-    (a further threshold of the same flow) or "over" (the flows past a threshold).
-    `timeout` is in milliseconds, None for none.
+    (a further threshold of the same flow), "over" (the flows past a threshold) or
+    "learned" (a learned set's elements, `flow` is the set's name).
+    `timeout` is in milliseconds; None for none, and `timed` tells whether elements
+    may still bring their own.
     """
 
     name: str
+    policy: str  # "" for a learned set: it is the table's
     flow: str
     role: str
     family: int  # 0: both
@@ -70,21 +83,46 @@ class FlowSet:
     size: int
     timeout: int | None
     span: Span
+    timed: bool = True
+
+
+@dataclass(frozen=True)
+class ValueSet:
+    """A named set with its elements as nftables writes them; `type` is nftables' own."""
+
+    name: str
+    type: str
+    elements: tuple[str, ...]
+    span: Span
 
 
 @dataclass
 class Table:
-    """All that one policy brings into the kernel."""
+    """All that one policy brings into the kernel, or several that share a learned set.
 
-    policy: str
+    Then chains, counters and flow sets have their policy's name before a dot.
+    """
+
+    policies: tuple[str, ...]
     span: Span
+    family: str = "inet"  # or "netdev"
     counters: list[Counter] = field(default_factory=list)
+    values: list[ValueSet] = field(default_factory=list)
     sets: list[FlowSet] = field(default_factory=list)
     chains: list[Chain] = field(default_factory=list)
 
     @property
     def name(self) -> str:
-        return TABLE_PREFIX + self.policy
+        return TABLE_PREFIX + self.policies[0]
+
+    @property
+    def path(self) -> str:
+        """The table as commands name it: `inet itm_edge`."""
+        return f"{self.family} {self.name}"
+
+    def prefix(self, policy: str) -> str:
+        """What stands before a policy's names."""
+        return f"{policy}." if len(self.policies) > 1 else ""
 
     @property
     def base_chains(self) -> list[Chain]:
@@ -93,7 +131,24 @@ class Table:
 
 @dataclass(frozen=True)
 class Ruleset:
-    """The tables of a file, in the order of its policies."""
+    """The tables of a file, and the names of its policies in their order.
+
+    The tables stand in the order of their first policies.
+    """
 
     file: str
     tables: tuple[Table, ...]
+    order: tuple[str, ...]
+
+    def table_of(self, policy: str) -> Table:
+        return next(table for table in self.tables if policy in table.policies)
+
+
+def duration(milliseconds: int) -> str:
+    """A time as nft takes it: `1h30m`."""
+    parts = []
+    for unit, size in (("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1)):
+        number, milliseconds = divmod(milliseconds, size)
+        if number:
+            parts.append(f"{number}{unit}")
+    return "".join(parts)

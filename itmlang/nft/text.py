@@ -12,12 +12,14 @@ printed in reverse: the file's first policy is registered last and runs first.
 from dataclasses import dataclass
 from typing import Final
 
-from itmlang.nft.model import Chain, Counter, FlowSet, Rule, Ruleset, Table
+from itmlang.nft.model import Chain, Counter, FlowSet, Rule, Ruleset, Table, ValueSet, duration
 from itmlang.source import Span
 
 # NFTNL_UDATA_COMMENT_MAXLEN, include/libnftnl/udata.h.
 LONGEST_COMMENT: Final = 128
 LONGEST_QUOTE: Final = 100
+# Elements of a named set on one line.
+IN_A_ROW: Final = 8
 
 
 @dataclass(frozen=True)
@@ -51,32 +53,48 @@ def print_ruleset(ruleset: Ruleset) -> Text:
         printer.line(
             "# Tables stand in reverse: of equal priorities, the last registered runs first."
         )
+    if [name for table in ruleset.tables for name in table.policies] != list(ruleset.order):
+        _hang_in_order(printer, ruleset)
     for table in reversed(ruleset.tables):
         printer.line()
         _table(printer, table)
     return printer.done()
 
 
-def print_base_chains(table: Table) -> dict[str, str]:
-    """For each hook, the text that hangs the policy in there again: the base chain alone."""
+def _hang_in_order(printer: _Printer, ruleset: Ruleset) -> None:
+    """The base chains alone, the last policy's first: another table's policy runs in between."""
+    printer.line("# Some share a table, with others between them: base chains come first.")
+    for policy in reversed(ruleset.order):
+        table = ruleset.table_of(policy)
+        printer.line()
+        printer.line(f"table {table.path} {{", table.span)
+        for chain in table.base_chains:
+            if chain.policy == policy:
+                printer.line(f"\tchain {chain.name} {{ {_hook(chain)} }}", chain.span)
+        printer.line("}")
+
+
+def print_base_chains(table: Table, policy: str) -> dict[str, str]:
+    """For each base chain of a policy, the text that hangs it in again: the chain alone."""
     texts = {}
     for chain in table.base_chains:
-        assert chain.hook is not None
+        if chain.policy != policy:
+            continue
         printer = _Printer()
-        printer.line(f"table inet {table.name} {{")
+        printer.line(f"table {table.path} {{")
         _chain(printer, chain)
         printer.line("}")
-        texts[chain.hook.name] = printer.done().text
+        texts[chain.name] = printer.done().text
     return texts
 
 
 def _order(ruleset: Ruleset) -> list[str]:
     """What runs at each hook, in order."""
     hooks: dict[str, list[tuple[int, str]]] = {}
-    for table in ruleset.tables:
-        for chain in table.base_chains:
-            assert chain.hook is not None
-            hooks.setdefault(chain.hook.name, []).append((chain.hook.priority, table.policy))
+    for policy in ruleset.order:
+        for chain in ruleset.table_of(policy).base_chains:
+            if chain.hook is not None and chain.policy == policy:
+                hooks.setdefault(chain.hook.name, []).append((chain.hook.priority, policy))
     return [
         f"at {hook}: "
         + ", ".join(f"{name} ({priority})" for priority, name in sorted(at, key=lambda p: p[0]))
@@ -85,17 +103,32 @@ def _order(ruleset: Ruleset) -> list[str]:
 
 
 def _table(printer: _Printer, table: Table) -> None:
-    printer.line(f"table inet {table.name}", table.span)
-    printer.line(f"flush table inet {table.name}", table.span)
+    printer.line(f"table {table.path}", table.span)
+    printer.line(f"flush table {table.path}", table.span)
+    for value_set in table.values:
+        # Emptied before it is filled again, or elements that left the file would stay.
+        kind = f"{{ type {value_set.type}; flags interval; }}"
+        printer.line(f"add set {table.path} {value_set.name} {kind}", value_set.span)
+        printer.line(f"flush set {table.path} {value_set.name}", value_set.span)
     printer.line()
-    printer.line(f"table inet {table.name} {{", table.span)
+    printer.line(f"table {table.path} {{", table.span)
     for counter in table.counters:
         _counter(printer, counter)
+    for value_set in table.values:
+        _value_set(printer, value_set)
     for flow_set in table.sets:
         _set(printer, flow_set)
-    for chain in table.chains:
+    for chain in _in_reverse(table):
         _chain(printer, chain)
     printer.line("}")
+
+
+def _in_reverse(table: Table) -> list[Chain]:
+    """The chains; of several policies the last comes first, for the order at one hook."""
+    if len(table.policies) == 1:
+        return table.chains
+    order = list(table.policies)
+    return sorted(table.chains, key=lambda c: -order.index(c.policy) if c.policy else 1)
 
 
 def _counter(printer: _Printer, counter: Counter) -> None:
@@ -104,16 +137,29 @@ def _counter(printer: _Printer, counter: Counter) -> None:
     printer.line()
 
 
+def _value_set(printer: _Printer, value_set: ValueSet) -> None:
+    span, elements = value_set.span, value_set.elements
+    printer.line(f"\tset {value_set.name} {{", span)
+    printer.line(f"\t\ttype {value_set.type}", span)
+    printer.line("\t\tflags interval", span)
+    if elements:
+        rows = [elements[n : n + IN_A_ROW] for n in range(0, len(elements), IN_A_ROW)]
+        for number, row in enumerate(rows):
+            begin = "elements = { " if number == 0 else "             "
+            end = " }" if number == len(rows) - 1 else ","
+            printer.line(f"\t\t{begin}{', '.join(row)}{end}", span)
+    printer.line("\t}", span)
+    printer.line()
+
+
 def _set(printer: _Printer, flow_set: FlowSet) -> None:
     span = flow_set.span
     printer.line(f"\tset {flow_set.name} {{", span)
     printer.line(f"\t\ttypeof {flow_set.expression}", span)
     printer.line(f"\t\tsize {flow_set.size}", span)
-    if flow_set.timeout is None:
-        printer.line("\t\tflags dynamic", span)
-    else:
-        printer.line("\t\tflags dynamic,timeout", span)
-        printer.line(f"\t\ttimeout {_duration(flow_set.timeout)}", span)
+    printer.line(f"\t\tflags dynamic{',timeout' if flow_set.timed else ''}", span)
+    if flow_set.timeout is not None:
+        printer.line(f"\t\ttimeout {duration(flow_set.timeout)}", span)
     printer.line("\t}", span)
     printer.line()
 
@@ -121,8 +167,7 @@ def _set(printer: _Printer, flow_set: FlowSet) -> None:
 def _chain(printer: _Printer, chain: Chain) -> None:
     printer.line(f"\tchain {chain.name} {{", chain.span)
     if chain.hook is not None:
-        hook = f"type filter hook {chain.hook.name} priority {chain.hook.priority}"
-        printer.line(f"\t\t{hook}; policy accept;", chain.span)
+        printer.line(f"\t\t{_hook(chain)}", chain.span)
     shown = 0
     for rule in chain.rules:
         if rule.span.line != shown:
@@ -131,6 +176,14 @@ def _chain(printer: _Printer, chain: Chain) -> None:
         printer.line(f'\t\t{rule.text} comment "{comment(rule)}"', rule.span)
     printer.line("\t}")
     printer.line()
+
+
+def _hook(chain: Chain) -> str:
+    """Where a base chain hangs, as its declaration says it."""
+    assert chain.hook is not None
+    kind, _, device = chain.hook.name.partition(" ")
+    hook = f"type {chain.hook.kind} hook {kind}" + (f" device {device}" if device else "")
+    return f"{hook} priority {chain.hook.priority}; policy accept;"
 
 
 def comment(rule: Rule) -> str:
@@ -152,13 +205,3 @@ def _quoted(span: Span) -> str:
 def _plain(text: str) -> str:
     """Text without characters that would end a line or upset a terminal."""
     return "".join(c if c.isprintable() else "?" for c in text.replace("\t", " "))
-
-
-def _duration(milliseconds: int) -> str:
-    """A time as nft takes it: `1h30m`."""
-    parts = []
-    for unit, size in (("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1)):
-        number, milliseconds = divmod(milliseconds, size)
-        if number:
-            parts.append(f"{number}{unit}")
-    return "".join(parts)

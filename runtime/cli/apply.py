@@ -24,6 +24,13 @@ def report(done: Applied, verb: str) -> None:
     click.echo(f"{verb} {', '.join(done.loaded)}")
     if done.removed:
         click.echo(f"removed {', '.join(done.removed)} (no longer in the file)")
+    if done.off:
+        click.echo(f"off, as before: {', '.join(done.off)} (`itmc enable` switches on)")
+    if done.absent:
+        warn(
+            f"there is no device {', '.join(done.absent)} here yet",
+            "what stands at it begins when it comes up",
+        )
     if done.lost:
         warn(
             f"these flow tables start again from zero: {', '.join(done.lost)}",

@@ -22,7 +22,8 @@ def command(files: tuple[str, ...]) -> None:
             continue
         number = len(result.policies)
         policies = "1 policy" if number == 1 else f"{number} policies"
-        warnings = f", {len(result.warnings)} warnings" if result.warnings else ""
+        warned = len(result.warnings)
+        warnings = f", {warned} warning{'s' if warned > 1 else ''}" if warned else ""
         click.echo(f"{result.source.name}: {policies}{warnings}, no errors")
     if wrong:
         raise click.exceptions.Exit(POLICY_WRONG)

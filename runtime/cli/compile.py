@@ -1,7 +1,5 @@
 """`itmc compile`: the ruleset, as `apply` loads it. Needs no root and no kernel."""
 
-import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,8 +9,9 @@ import click
 from itmlang.ir import Condition
 from itmlang.nft.text import comment
 from itmlang.pipeline import Compiled
+from itmlang.source import Span
 from itmlang.unparse import condition_text
-from runtime.cli.files import compiled, file_argument
+from runtime.cli.files import compiled, file_argument, write
 from runtime.cli.output import as_json, table
 from runtime.errors import UsageError
 
@@ -51,37 +50,7 @@ def command(file: str | None, output: str | None, form: str, against: str, place
     if output is None or output == "-":
         click.echo(text, nl=False)
         return
-    _write(Path(output), text)
-
-
-def _write(path: Path, text: str) -> None:
-    """The whole file or nothing: a reader never sees half a ruleset.
-
-    What is no regular file (a device, a pipe) is written to, never replaced.
-    """
-    try:
-        target = path.resolve()
-        if target.exists() and not target.is_file():
-            target.write_text(text, encoding="utf-8")
-            return
-        mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
-        descriptor, beside = tempfile.mkstemp(prefix=".itm", dir=target.parent)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(beside, mode)
-            os.replace(beside, target)
-        except BaseException:
-            os.unlink(beside)
-            raise
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    write(Path(output), text)
 
 
 def _json(result: Compiled) -> dict[str, Any]:
@@ -92,11 +61,26 @@ def _json(result: Compiled) -> dict[str, Any]:
         "tables": [
             {
                 "name": table.name,
-                "family": "inet",
-                "policy": table.policy,
+                "family": table.family,
+                "policies": list(table.policies),
                 "counters": [
-                    {"name": c.name, "kind": c.kind, "of": c.of, "line": c.span.line}
+                    {
+                        "name": c.name,
+                        "kind": c.kind,
+                        "policy": c.policy,
+                        "of": c.of,
+                        "line": c.span.line,
+                    }
                     for c in table.counters
+                ],
+                "values": [
+                    {
+                        "name": v.name,
+                        "type": v.type,
+                        "elements": len(v.elements),
+                        "line": v.span.line,
+                    }
+                    for v in table.values
                 ],
                 "sets": [
                     {k: v for k, v in asdict(s).items() if k != "span"} | {"line": s.span.line}
@@ -143,6 +127,12 @@ def _ir(result: Compiled) -> str:
             lines += [f"  flow {flow.name} by {key} timeout {timeout} max {flow.size}"]
         lines += [line(f"class {rule.name}", rule.condition) for rule in simple.whole.rules]
         lines += [f"  count {count.flow.name}" for count in policy.counts]
+        lines += [f"  {_one_line(note.span)}" for note in policy.notes]
         for name, steps in policy.process.items():
-            lines += [f"  process {name}: " + "; ".join(str(s.action) for s in steps)]
+            lines += [f"  process {name}: " + "; ".join(_one_line(s.span) for s in steps)]
+        lines += [f"  {_one_line(update.span)}" for update in policy.updates]
     return "\n".join(lines) + "\n"
+
+
+def _one_line(span: Span) -> str:
+    return " ".join(span.text.split())

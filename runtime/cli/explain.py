@@ -1,11 +1,13 @@
 """`itmc explain`: what happens to a packet, policy by policy, line by line. Needs no root."""
 
+from pathlib import Path
+
 import click
 
 from itmlang.diagnostics import Findings
-from itmlang.packet import Packet
 from itmlang.packets import read_packet
-from itmlang.semantics import PATHS, State, Visit, traverse
+from itmlang.semantics import PATHS, Host, Visit
+from itmlang.trials import built
 from runtime.cli.files import compiled
 from runtime.errors import UsageError
 
@@ -42,38 +44,39 @@ def command(file: str, packet: tuple[str, ...], after: int, path: str) -> None:
 
         show(findings.diagnostics)
         raise UsageError("the packet is not understood", "see `itmc explain --help`")
-    states = {policy.name: State.of(policy) for policy in policies}
+    host = Host(policies)
     for _ in range(after):
-        traverse(policies, states, _fresh(header.build(), path), path, 0.0)
-    built = _fresh(header.build(), path)
-    visits = traverse(policies, states, built, path, 0.0, told=True)
+        host.traverse(built(header, path), path, 0.0)
+    gone = built(header, path)
+    visits = host.traverse(gone, path, 0.0, told=True)
     click.echo(f"{text}: packet {after + 1} of its flow, path {path}")
     if not visits:
         click.echo("\nno policy stands on this path")
     for visit in visits:
         _show(visit)
-    dropped = bool(visits) and visits[-1].outcome.verdict == "drop"
+    dropped = bool(visits) and visits[-1].outcome.dropped
     click.echo()
     if dropped:
-        click.echo(f"dropped by {visits[-1].policy.name} at {visits[-1].hook}")
+        verb = {"drop": "dropped", "reject": "rejected"}[visits[-1].outcome.verdict]
+        click.echo(f"{verb} by {visits[-1].policy.name} at {visits[-1].hook}")
     else:
-        click.echo(f"accepted, tos {built.tos:#04x} (dscp {built.dscp}, ecn {built.ecn})")
-
-
-def _fresh(packet: Packet, path: str) -> Packet:
-    """The packet with the interfaces that it can have on its path."""
-    packet.input = None if path == "out" else packet.input
-    packet.output = None if path == "in" else packet.output
-    return packet
+        click.echo(f"accepted, tos {gone.tos:#04x} (dscp {gone.dscp}, ecn {gone.ecn})")
 
 
 def _show(visit: Visit) -> None:
     outcome, policy = visit.outcome, visit.policy
     click.echo(f"\n{visit.hook}: {policy.name} ({policy.span}, priority {policy.priority})")
     width = max((len(line.text) for line in outcome.lines), default=0)
-    for line in outcome.lines:
-        number = f"line {line.span.line}"
-        row = f"  {line.section:<9} {number:<9} {line.text:<{min(width, 60)}}  {line.result}"
+    several = len({line.span.source for line in outcome.lines}) > 1
+    places = [
+        f"{Path(line.span.source.name).name}:{line.span.line}"
+        if several
+        else f"line {line.span.line}"
+        for line in outcome.lines
+    ]
+    column = max(map(len, places), default=0)
+    for line, place in zip(outcome.lines, places, strict=True):
+        row = f"  {line.section:<9} {place:<{column}}  {line.text:<{min(width, 60)}}  {line.result}"
         click.echo(row.rstrip())
     if not outcome.interested:
         click.echo("  not of interest: untouched")

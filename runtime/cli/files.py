@@ -1,15 +1,18 @@
-"""Policy files: which one is meant, and reading it in bounded time and memory."""
+"""Files: which policy is meant, reading it in bounded time and memory, writing all or nothing."""
 
 import os
 import stat
 import sys
+import tempfile
 from pathlib import Path
 from typing import BinaryIO, Final
 
 import click
 
 from itmlang.diagnostics import CompileError, Diagnostic
+from itmlang.modules import Reader, UnreadableError
 from itmlang.pipeline import Compiled, compile
+from itmlang.resources import resource
 from itmlang.source import Source, Span
 from runtime.cli.output import show
 from runtime.errors import UsageError
@@ -19,35 +22,88 @@ LARGEST_FILE: Final = 8 * 2**20
 file_argument = click.argument("file", required=False, type=click.Path())
 
 
+def reader() -> Reader:
+    """A reader of the files that policies name: beside them, then in the policy library."""
+    known: dict[str, Source] = {}
+
+    def read_other(path: str, by: Source, library: bool) -> Source:
+        beside = Path() if by.name == "-" else Path(by.name).parent
+        places = [beside / path, *([resource("policies", path)] if library else [])]
+        found = next((place for place in places if place.is_file()), None)
+        if found is None:
+            raise UnreadableError("there is no such file" if not places[0].exists()
+                                  else "this is no regular file")  # fmt: skip
+        key = os.path.realpath(found)
+        if by.name != "-":
+            known.setdefault(os.path.realpath(by.name), by)
+        if key not in known:
+            try:
+                known[key] = read(str(found))
+            except UsageError as error:
+                raise UnreadableError(error.message) from error
+        return known[key]
+
+    return read_other
+
+
 def read(name: str | None) -> Source:
     """The text of a policy file.
 
     Raises `UsageError` if there is none or it cannot be read, `CompileError` if what
     it holds is no text, too large or nothing at all.
     """
-    name = name or _default()
-    raw = _bytes(name)
-    source = Source(name, "")
+    name = name or default()
+    return decoded(name, contents(name))
+
+
+def decoded(name: str, raw: bytes) -> Source:
+    """What a policy file holds, as text. Raises `CompileError` as `read` does."""
     if len(raw) > LARGEST_FILE:
-        raise _wrong(source, "E006", f"the file is larger than {LARGEST_FILE >> 20} MiB")
+        message = f"the file is larger than {LARGEST_FILE >> 20} MiB"
+        raise CompileError([Diagnostic("E006", message, place=name)])
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _wrong(source, "E005", f"this is no text: byte {error.start} is no UTF-8") from error
+        raise _no_text(name, raw, error.start, "is no UTF-8") from error
     if "\0" in text:
-        raise _wrong(source, "E005", f"this is no text: byte {raw.index(0)} is zero")
+        raise _no_text(name, raw, raw.index(0), "is zero")
     # A byte order mark is no part of the text; neither are other systems' line ends.
     return Source(name, text.removeprefix("\ufeff").replace("\r\n", "\n"))
 
 
 def compiled(name: str | None) -> Compiled:
     """A policy file through all passes; its warnings go to stderr."""
-    result = compile(read(name))
+    result = compile(read(name), reader())
     show(result.warnings)
     return result
 
 
-def _default() -> str:
+def write(path: Path, text: str) -> None:
+    """The whole file or nothing: a reader never sees half of it.
+
+    What is no regular file (a device, a pipe) is written to, never replaced.
+    """
+    try:
+        target = path.resolve()
+        if target.exists() and not target.is_file():
+            target.write_text(text, encoding="utf-8")
+            return
+        mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
+        descriptor, beside = tempfile.mkstemp(prefix=".itm", dir=target.parent)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(beside, mode)
+            os.replace(beside, target)
+        except BaseException:
+            os.unlink(beside)
+            raise
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def default() -> str:
+    """The policy file that is meant when none is named."""
     if Path("site.itm").exists():
         return "site.itm"
     found = sorted(p.name for p in Path().glob("[!.]*.itm") if p.is_file())
@@ -57,7 +113,8 @@ def _default() -> str:
     raise UsageError(f"which policy file? {what}", "name one, or call yours site.itm")
 
 
-def _bytes(name: str) -> bytes:
+def contents(name: str) -> bytes:
+    """What a file holds, or the beginning of what is too much; `-` is standard input."""
     if name == "-":
         return _some(sys.stdin.buffer)
     try:
@@ -84,5 +141,17 @@ def _some(file: BinaryIO) -> bytes:
     return file.read(LARGEST_FILE + 1)
 
 
-def _wrong(source: Source, code: str, message: str) -> CompileError:
-    return CompileError([Diagnostic(code, message, Span(source, 0, 0))])
+def _no_text(name: str, raw: bytes, at: int, problem: str) -> CompileError:
+    """Byte `at` is none of a text: shown in its line, as far as that can be shown."""
+    source = Source(name, raw.decode("utf-8", "replace"))
+    start = len(raw[:at].decode("utf-8"))
+    message = f"this is no text: byte {at} {problem}"
+    return CompileError(
+        [Diagnostic("E005", message, Span(source, start, start + 1), help="save it as UTF-8")]
+    )
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

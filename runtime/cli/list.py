@@ -2,7 +2,7 @@
 
 import click
 
-from itmlang.fields import HOOKS
+from itmlang.fields import EGRESS, HOOKS, INGRESS, hook_kind
 from runtime.apply import loaded
 from runtime.cli.output import as_json, table
 
@@ -17,7 +17,7 @@ def command(in_json: bool) -> None:
             "hook": hook, "policy": p.name, "state": p.state,
             "priority": p.priority, "nft_priority": at[hook], "file": p.file,
         }
-        for hook in HOOKS
+        for hook in sorted({hook for p in policies for hook, _ in p.hooks}, key=_order)
         for p in policies
         if hook in (at := dict(p.hooks))
     ]  # fmt: skip
@@ -28,3 +28,8 @@ def command(in_json: bool) -> None:
     else:
         table(("hook", "policy", "state", "priority", "file"),
               [(r["hook"], r["policy"], r["state"], r["priority"], r["file"]) for r in rows])  # fmt: skip
+
+
+def _order(hook: str) -> tuple[int, str]:
+    """In the order in which a packet meets the hooks."""
+    return (INGRESS, *HOOKS, EGRESS).index(hook_kind(hook)), hook

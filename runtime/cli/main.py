@@ -15,12 +15,17 @@ from runtime.cli.exits import exit_code_of
 # Command -> its help line. The module has the command's name.
 COMMANDS: Final = {
     "check": "Parse and check policies; warn about what cannot be meant.",
+    "fmt": "Rewrite policy files in the one canonical form, comments kept.",
     "compile": "Print the ruleset that `apply` loads.",
     "apply": "Load a file's policies into the kernel, in one transaction.",
     "run": "Apply, stay in the foreground, remove on Ctrl-C.",
     "list": "Show which policies are loaded, in the order they run.",
     "status": "Show what runs: packets and bytes of each class, flows, drift.",
+    "enable": "Switch policies on again.",
+    "disable": "Switch policies off; what they learned stays.",
     "remove": "Take policies away; nothing stays behind.",
+    "test": "Run the tests in policy files, also before a real kernel.",
+    "replay": "Run a capture through the policies; write what would leave.",
     "explain": "Show what happens to a packet, line by line.",
     "lab": "Try a policy on real TCP in a throwaway network.",
 }

@@ -31,6 +31,11 @@ def warn(message: str, help: str = "") -> None:
     _to_stderr(f"itmc: {message}" + (f"\n      = help: {help}" if help else ""))
 
 
+def say(message: str) -> None:
+    """One line to stdout."""
+    click.echo(_printable(message))
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Aligned columns to stdout; numbers stand right."""
     from rich import box
@@ -55,8 +60,12 @@ def as_json(value: Any) -> None:
 
 
 def _to_stderr(text: str) -> None:
+    click.echo(_printable(text), err=True)
+
+
+def _printable(text: str) -> str:
     # A lone surrogate (a file name that is no UTF-8) must not end in a traceback.
-    click.echo(text.encode("utf-8", "replace").decode(), err=True)
+    return text.encode("utf-8", "replace").decode()
 
 
 def _style(text: str, colour: str) -> str:

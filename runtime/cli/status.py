@@ -7,6 +7,9 @@ import click
 from runtime.apply import PolicyStatus, status
 from runtime.cli.output import as_json, table
 
+# Of a table's size, where a warning begins.
+_NEARLY_FULL = 0.9
+
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
@@ -41,7 +44,23 @@ def _show(policy: PolicyStatus) -> None:
         click.echo("  its rules were changed by something else: `itmc apply` puts them right")
     if policy.classes:
         table(("class", "packets", "bytes"), [(c.name, c.packets, c.bytes) for c in policy.classes])
+    if policy.noted:
+        table(("log", "packets", "bytes"), [(n.name, n.packets, n.bytes) for n in policy.noted])
     if policy.flows:
         rows = [(f.name, ", ".join(f.key), f.entries, f.size, f.uncounted) for f in policy.flows]
         table(("flow", "by", "entries", "max", "packets without room"), rows)
+    if policy.learned:
+        sets = [(f"@{s.name}", s.entries, s.size, s.unlearned) for s in policy.learned]
+        table(("learned set", "entries", "max", "additions without room"), sets)
+    for flow in policy.flows:
+        _warn_of_full(f"the flow `{flow.name}`", flow.entries, flow.size, flow.uncounted)
+    for one in policy.learned:
+        _warn_of_full(f"the set `@{one.name}`", one.entries, one.size, one.unlearned)
     click.echo()
+
+
+def _warn_of_full(what: str, entries: int, size: int, lost: int) -> None:
+    if lost:
+        click.echo(f"  {what} was full: {lost} packets found no room; give it a larger `max`")
+    elif entries >= size * _NEARLY_FULL:
+        click.echo(f"  {what} is nearly full: {entries} of {size}; give it a larger `max`")

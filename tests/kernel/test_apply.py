@@ -10,12 +10,13 @@ import time
 import pytest
 
 from itmlang.diagnostics import CompileError
+from itmlang.packet import Header
 from itmlang.pipeline import Compiled, compile
 from itmlang.source import Source
 from runtime import apply as runtime_apply
 from runtime import nft, state
 from runtime.errors import MachineError, UsageError
-from runtime.traffic import Namespace, TrafficError
+from runtime.traffic import MAC, Namespace, TrafficError, veth
 from tests.support.needs import unavailable
 
 ITMC = [sys.executable, "-c", "from runtime.cli.main import main; main()"]
@@ -123,9 +124,9 @@ def test_nothing_stays_of_what_left_the_file(host):
     runtime_apply.apply(policy(FLOW.format(process="") + MARK.format(name="m", priority=0, dscp=1)))
     done = runtime_apply.apply(policy(MARK.format(name="m", priority=5, dscp=1)))
     assert done.removed == ("watch",)
-    assert nft.tables() == ("itm_m",)
+    assert nft.tables() == ("inet itm_m",)
     chains = {
-        o["chain"]["name"]: o["chain"].get("prio") for o in nft.table("itm_m") if "chain" in o
+        o["chain"]["name"]: o["chain"].get("prio") for o in nft.table("inet itm_m") if "chain" in o
     }
     assert chains == {"output": -145, "classify": None, "class_all": None}
 
@@ -189,11 +190,11 @@ def test_what_fails_after_loading_is_no_refusal(host, monkeypatch):
 
 def test_other_tables_are_left_alone(host):
     nft.load("table inet theirs {\n\tcounter kept {\n\t\tpackets 3 bytes 4\n\t}\n}\n")
-    before = nft.table_text("theirs")
+    before = nft.table_text("inet theirs")
     runtime_apply.apply(policy(FLOW.format(process="")))
     runtime_apply.remove([])
-    assert nft.tables() == ("theirs",)
-    assert nft.table_text("theirs") == before
+    assert nft.tables() == ("inet theirs",)
+    assert nft.table_text("inet theirs") == before
 
 
 def test_what_somebody_else_changed_is_seen_and_mended(host):
@@ -265,6 +266,117 @@ def test_the_command_from_apply_to_remove(host, tmp_path):
     assert nft.tables() == ()
 
 
+DEVICE = """
+policy m(class: dscp = {dscp}) {{
+    at {hook}
+    interest {{ protocol udp }}
+    flow f by dport
+    classify {{ few when f.packets < 3  many }}
+    log {{ count f }}
+    process {{ many {{ set dscp class }} }}
+}}
+"""
+
+
+@pytest.mark.parametrize("hook", ['ingress "lo"', 'egress "lo"'])
+def test_policies_at_devices_are_applied_kept_and_removed(host, hook):
+    family = "netdev" if hook.startswith("egress") else "inet"
+    runtime_apply.apply(policy(DEVICE.format(hook=hook, dscp=1)))
+    assert nft.tables() == (f"{family} itm_m",)
+    send(5)
+    before = runtime_apply.flow_counts("m")["f"]
+    assert before == {(9,): (5, 5 * 29 + 5 * 14 * (family == "netdev"))}
+    done = runtime_apply.apply(policy(DEVICE.format(hook=hook, dscp=2)))
+    assert (done.lost, done.absent) == ((), ())
+    assert runtime_apply.flow_counts("m")["f"] == before
+    assert counts("m") == {"few": 3, "many": 2}
+    assert last_dscp() == 2
+    (status,) = runtime_apply.status()
+    assert (status.state, status.drift, status.hooks) == ("on", False, ((hook, -150),))
+    assert runtime_apply.remove(["m"]) == ("m",)
+    assert nft.tables() == ()
+
+
+def test_a_policy_that_moves_to_another_hook_leaves_nothing_behind(host):
+    for hook in ("output", 'egress "lo"', 'ingress "lo"', 'ingress "lo", output', "output"):
+        runtime_apply.apply(policy(DEVICE.format(hook=hook, dscp=1)))
+        family = "netdev" if "egress" in hook else "inet"
+        assert nft.tables() == (f"{family} itm_m",)
+        hooks = [h for h in nft.table(f"{family} itm_m") if "hook" in h.get("chain", {})]
+        assert len(hooks) == hook.count(",") + 1
+        assert runtime_apply.status()[0].drift is False
+
+
+def test_policies_of_several_files_run_in_order_at_a_device(host):
+    at = MARK.replace("at output", 'at egress "lo"')
+    first = [at.format(name=n, priority=0, dscp=d) for n, d in (("a1", 1), ("a2", 2))]
+    runtime_apply.apply(policy("".join(first)))
+    assert last_dscp() == 2
+    runtime_apply.apply(policy(at.format(name="b1", priority=0, dscp=3), "/policies/b.itm"))
+    assert last_dscp() == 3
+    runtime_apply.apply(policy("".join(reversed(first))))
+    assert last_dscp() == 3
+    runtime_apply.remove(["b1"])
+    assert last_dscp() == 1
+
+
+def test_all_kinds_of_device_names_can_be_hooked(host):
+    names = ("eth0.100", "eth0-100", "br_lan", "wg0@x", "1a")
+    for name in names:
+        veth(host, name, host, f"p{names.index(name)}")
+    hooks = ", ".join(f'ingress "{name}"' for name in names)
+    compiled = policy(DEVICE.format(hook=hooks, dscp=1))
+    runtime_apply.apply(compiled)
+    assert runtime_apply.apply(compiled).lost == ()
+    (status,) = runtime_apply.status()
+    assert [hook for hook, _ in status.hooks] == [f'ingress "{name}"' for name in names]
+    assert status.drift is False
+
+
+@pytest.mark.parametrize("kind", ["ingress", "egress"])
+def test_a_device_that_is_not_there_is_named(host, tmp_path, kind):
+    file = tmp_path / "a.itm"
+    file.write_text(DEVICE.format(hook=f'{kind} "late0"', dscp=1))
+    done = run("apply", str(file))
+    if done.returncode:  # Linux before 6.16
+        assert "there is no device late0 here" in done.stderr
+        assert nft.tables() == ()
+        return
+    assert "there is no device late0 here yet" in done.stderr
+    assert run("apply", str(file)).returncode == 0
+    veth(host, "late0", host, "late1")
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as link:
+        link.bind(("late0" if kind == "egress" else "late1", 0))
+        head = bytes.fromhex(MAC.replace(":", "")) * 2 + b"\x08\x00"
+        link.send(head + bytes(Header(17, (4, 1), (4, 2), 1, 2).build().data))
+    assert counts("m") == {"few": 1, "many": 0}
+
+
+def test_a_refused_device_is_named_at_the_policy(host, monkeypatch):
+    compiled = policy(DEVICE.format(hook='egress "late0"', dscp=1))
+    line = next(
+        n for n, text in enumerate(compiled.text.text.splitlines(), 1) if "chain egress" in text
+    )
+
+    def refuse(script, *, check=False):
+        raise nft.NftRefusalError((nft.NftError(line, "Could not process rule: No such file"),))
+
+    monkeypatch.setattr(nft, "load", refuse)
+    with pytest.raises(MachineError) as refusal:
+        runtime_apply.apply(compiled)
+    (diagnostic,) = refusal.value.diagnostics
+    assert diagnostic.message == "there is no device late0 here"
+    assert diagnostic.span is not None
+    assert diagnostic.span.line == 3
+
+
+def test_remove_takes_both_tables_that_a_crash_left(host):
+    for hook in ("output", 'egress "lo"'):
+        nft.load(policy(DEVICE.format(hook=hook, dscp=1)).text.text)
+    assert runtime_apply.remove([]) == ("m",)
+    assert nft.tables() == ()
+
+
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_run_removes_when_it_ends(host, tmp_path, end):
     file = tmp_path / "a.itm"
@@ -273,7 +385,7 @@ def test_run_removes_when_it_ends(host, tmp_path, end):
     assert process.stdout is not None
     try:
         assert process.stdout.readline() == "loaded m\n"
-        assert nft.tables() == ("itm_m",)
+        assert nft.tables() == ("inet itm_m",)
         process.send_signal(end)
         assert process.wait(timeout=30) == 0
     finally:
@@ -319,3 +431,198 @@ def test_without_rights_it_says_what_to_do(host, tmp_path):
     assert done.returncode == 3
     assert "run it as root" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+LEARN = """
+set seen: address timeout {timeout} max {size}
+policy learn {{
+    at output
+    interest {{ protocol udp  dport 9 }}
+    flow f by daddr
+    classify {{ c when f.packets > 1 }}
+    log {{ count f }}
+    update {{ add daddr to @seen }}
+}}
+"""
+ASK = """
+policy ask {
+    at output
+    interest { protocol udp }
+    classify { known when daddr in @seen  new }
+    process { known { set dscp 1 } new { set dscp 2 } }
+}
+"""
+
+
+def learning(timeout="1h", size=100) -> str:
+    return LEARN.format(timeout=timeout, size=size)
+
+
+def learned() -> dict[str, int]:
+    """Entries of the learned sets, by policy and set."""
+    return {
+        f"{s.name} {one.name}": one.entries for s in runtime_apply.status() for one in s.learned
+    }
+
+
+def test_removing_a_policy_leaves_the_others_of_its_table_alone(host):
+    alone = "set alone: port timeout 1m\n"
+    with_alone = learning().replace("add daddr to @seen", "add daddr to @seen  add dport to @alone")
+    runtime_apply.apply(policy(alone + with_alone + ASK))
+    assert last_dscp() == 1  # `learn` comes first
+    assert learned() == {"learn seen": 1, "learn alone": 1, "ask seen": 1}
+    runtime_apply.remove(["learn"])
+    assert [(s.name, s.state, s.drift) for s in runtime_apply.status()] == [("ask", "on", False)]
+    assert learned() == {"ask seen": 1}
+    assert last_dscp() == 1
+    assert counts("ask") == {"known": 2, "new": 0}
+    left = [next(iter(item.values())).get("name", "") for item in nft.table("inet itm_learn")]
+    assert [name for name in left if name.startswith("learn.")] == []
+    # What it alone had learned is gone, too.
+    assert [name for name in left if name.startswith("learned")] == [
+        "learned_seen_ip",
+        "learned_seen_ip6",
+    ]
+    runtime_apply.apply(policy(learning() + ASK))
+    assert learned() == {"learn seen": 1, "ask seen": 1}
+    runtime_apply.remove(["ask"])
+    assert [(s.name, s.drift) for s in runtime_apply.status()] == [("learn", False)]
+    runtime_apply.remove(["learn"])
+    assert nft.tables() == ()
+
+
+def test_applying_again_keeps_what_was_learned(host):
+    text = learning() + ASK
+    runtime_apply.apply(policy(text))
+    send(3)
+    before = runtime_apply.flow_counts("learn")
+    done = runtime_apply.apply(policy(text.replace("known { set dscp 1 }", "known { set dscp 3 }")))
+    assert done.lost == ()
+    assert (learned()["ask seen"], last_dscp()) == (1, 3)
+    assert before == {"f": {("127.0.0.1",): (3, 87)}}
+    assert runtime_apply.flow_counts("learn") == {"f": {("127.0.0.1",): (4, 116)}}
+    # Another time and size hold from now on; what is in stays.
+    done = runtime_apply.apply(policy(learning("2h", 200) + ASK))
+    assert done.lost == ()
+    assert learned()["ask seen"] == 1
+    (status,) = runtime_apply.status(["ask"])
+    assert status.learned[0].size == 200
+    assert "timeout 2h" in nft.table_text("inet itm_learn")
+    assert "size 200" in nft.table_text("inet itm_learn")
+
+
+def test_a_learned_set_of_another_type_starts_again_and_says_so(host):
+    text = learning() + ASK
+    runtime_apply.apply(policy(text))
+    send(1)
+    other = text.replace("set seen: address", "set seen: port").replace("daddr", "dport")
+    done = runtime_apply.apply(policy(other))
+    assert {"learned_seen_ip", "learned_seen_ip6"} <= set(done.lost)
+    assert learned() == {"learn seen": 0, "ask seen": 0}
+    assert last_dscp() == 1
+    numbers = (
+        "set seen: number timeout 1h\npolicy learn { at output  update { add mark to @seen } }\n"
+    )
+    assert runtime_apply.apply(policy(numbers)).removed == ("ask",)
+    send(1)
+    assert learned() == {"learn seen": 1}
+    protocols = numbers.replace("number", "protocol").replace("mark", "protocol")
+    assert runtime_apply.apply(policy(protocols)).lost == ("learned_seen",)
+    assert learned() == {"learn seen": 0}
+
+
+def test_what_is_lost_with_a_table_of_another_name_is_said(host):
+    runtime_apply.apply(policy(learning() + ASK))
+    send(2)
+    done = runtime_apply.apply(policy("set seen: address timeout 1h max 100\n" + ASK))
+    assert done.removed == ("learn",)
+    assert nft.tables() == ("inet itm_ask",)
+    assert set(done.lost) == {"learned_seen_ip", "learned_seen_ip6"}
+    assert last_dscp() == 2
+
+
+def test_a_table_that_others_still_use_is_not_taken(host):
+    runtime_apply.apply(policy(learning() + ASK))
+    send(1)
+    runtime_apply.remove(["learn"])
+    with pytest.raises(CompileError, match=r"`ask`, from .*, has the table itm_learn"):
+        runtime_apply.apply(
+            policy(MARK.format(name="learn", priority=0, dscp=9), "/policies/b.itm")
+        )
+    assert (last_dscp(), [s.name for s in runtime_apply.loaded()]) == (1, ["ask"])
+
+
+def test_policies_that_share_keep_their_order_among_other_files(host):
+    other = MARK.format(name="b", priority=0, dscp=9)
+    runtime_apply.apply(policy(learning() + ASK))
+    runtime_apply.apply(policy(other, "/policies/b.itm"))
+    assert last_dscp() == 9
+    third = ASK.replace("policy ask", "policy again").replace("dscp 1", "dscp 3")
+    runtime_apply.apply(policy(learning() + ASK + third))
+    assert [s.name for s in runtime_apply.loaded()] == ["learn", "ask", "b", "again"]
+    assert last_dscp() == 3
+    runtime_apply.apply(policy(ASK + learning()))
+    assert [s.name for s in runtime_apply.loaded()] == ["ask", "learn", "b"]
+    assert last_dscp() == 9
+    runtime_apply.remove(["b"])
+    assert last_dscp() == 1
+
+
+def test_another_kind_of_chain_keeps_its_place(host):
+    first, second = (MARK.format(name=n, priority=0, dscp=d) for n, d in (("a", 1), ("b", 2)))
+    runtime_apply.apply(policy(first))
+    runtime_apply.apply(policy(second, "/policies/b.itm"))
+    assert last_dscp() == 2
+    # A mark has packets of our own routed anew: the chain must be of another type.
+    marking = second.replace("set dscp 2", "set mark 1 set dscp 3")
+    runtime_apply.apply(policy(marking, "/policies/b.itm"))
+    assert last_dscp() == 3
+    assert [s.name for s in runtime_apply.loaded()] == ["a", "b"]
+
+
+def test_elements_that_left_the_file_are_gone(host):
+    def listed(type: str, field: str, elements: str) -> Compiled:
+        text = MARK.format(name="m", priority=0, dscp=1)
+        text = text.replace("protocol udp", f"protocol udp  {field} @some")
+        return policy(f"set some: {type} = {{ {elements} }}\n{text}")
+
+    def sets() -> list[str]:
+        return [item["set"]["name"] for item in nft.table("inet itm_m") if "set" in item]
+
+    runtime_apply.apply(listed("address", "daddr", "127.0.0.1, 10.0.0.0/8, fd00::/8"))
+    assert (last_dscp(), sorted(sets())) == (1, ["set_some_ip", "set_some_ip6"])
+    done = runtime_apply.apply(listed("address", "daddr", "127.0.0.2, 10.0.0.0/9"))
+    assert (done.lost, last_dscp(), sets()) == ((), 0, ["set_some_ip"])
+    done = runtime_apply.apply(listed("port", "dport", "9, 11-19"))
+    assert (done.lost, last_dscp(), sets()) == ((), 1, ["set_some"])
+    done = runtime_apply.apply(listed("interface", "out", '"lo", "e*"'))
+    assert (done.lost, last_dscp(), sets()) == ((), 1, ["set_some"])
+    done = runtime_apply.apply(listed("interface", "out", '"e*"'))
+    assert (done.lost, last_dscp(), sets()) == ((), 0, ["set_some"])
+    assert runtime_apply.status()[0].drift is False
+
+
+def test_a_hundred_thousand_prefixes_load_in_seconds(host, tmp_path):
+    lines = [f"{10 + n // 65536}.{n // 256 % 256}.{n % 256}.0/25" for n in range(99_999)]
+    (tmp_path / "listed.txt").write_text("\n".join([*lines, "127.0.0.1"]))
+    file = tmp_path / "a.itm"
+    file.write_text(
+        'set listed: address from "listed.txt"\n'
+        "policy m { at output  interest { protocol udp }\n"
+        "classify { c when daddr in @listed } process { c { set dscp 1 } } }\n"
+    )
+    start = time.monotonic()
+    for _ in range(2):
+        assert run("apply", str(file)).stdout == "loaded m\n"
+    assert time.monotonic() - start < 60  # it takes 3 and 5 seconds
+    assert last_dscp() == 1
+    assert len(nft.elements("inet itm_m", "set_listed_ip")) == 100_000
+
+
+def test_a_learned_set_may_lose_its_timeout_and_get_one(host):
+    timed, for_ever = learning(), learning().replace("timeout 1h", "")
+    for text, short in ((timed, True), (for_ever, False), (timed, True)):
+        assert runtime_apply.apply(policy(text)).lost == ()
+        send(1)  # renews the element, with the new time
+        (element,) = nft.elements("inet itm_learn", "learned_seen_ip")
+        assert (element["expires"] <= 3600) == short

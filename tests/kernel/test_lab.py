@@ -11,7 +11,7 @@ from scapy.layers.inet6 import IPv6
 from itmlang.packet import Packet
 from itmlang.pipeline import compile
 from itmlang.resources import resource
-from itmlang.semantics import State, step
+from itmlang.semantics import State
 from itmlang.source import Source
 from runtime import apply as runtime_apply
 from runtime.lab import Network, run_flows
@@ -53,14 +53,14 @@ def test_real_tcp_is_marked_as_the_policy_means(network, name, tmp_path, monkeyp
         (status,) = runtime_apply.status()
         flows = runtime_apply.flow_counts(name)["conn"]
     (policy,) = compiled.policies
-    state, classes = State.of(policy), Counter[str]()
+    state, classes = State(policy), Counter[str]()
     for record in records:
         for captured in (record.forward, record.backward):
             for one in captured:
                 assert complete(one.data)
                 packet = Packet(bytearray(one.data))
                 packet.set_tos(0)  # as it was sent
-                outcome = step(policy, state, packet, 0.0)
+                outcome = state.step(packet, 0.0)
                 assert packet.data == one.data
                 classes[outcome.name or "class 0"] += 1
     assert {c.name: c.packets for c in status.classes} == {

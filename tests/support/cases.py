@@ -4,6 +4,7 @@
     --- policy
     policy … { … }
     --- nftables [NAME …]       the golden text of these chains and sets
+    --- file NAME               a file that the policy includes or reads; before `nftables`
     --- packets [PATH]          forward if not given
     send 3 tcp 10.0.1.1:1000 -> 10.0.2.1:80 expect class short tos 0x10
     wait 1200ms
@@ -13,13 +14,15 @@
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from itmlang import syntax, values
 from itmlang.diagnostics import CompileError, Findings, render
-from itmlang.evaluate import Scope, single
+from itmlang.evaluate import Scope, single, value_set
+from itmlang.modules import UnreadableError
 from itmlang.packet import Packet
 from itmlang.packets import header
 from itmlang.parser import parse_send
@@ -31,7 +34,11 @@ from tests.support.frames import shaped
 CASES = Path(__file__).parents[1] / "cases"
 _SECTION = re.compile(r"^--- (\w+)(.*)$", re.MULTILINE)
 _COMMENT = re.compile(r' comment "[^"]*"$')
-_FIELDS = {"tos": values.TOS, "dscp": values.DSCP, "ecn": values.ECN, "ttl": values.OCTET}
+_FIELDS = {
+    "tos": values.TOS, "dscp": values.DSCP, "ecn": values.ECN, "ttl": values.OCTET,
+    "mark": values.NUMBER, "sport": values.PORT, "dport": values.PORT, "mss": values.MSS,
+}  # fmt: skip
+_GETTERS = {"sport": "source_port", "dport": "destination_port", "mss": "tcp_mss"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Send:
         return Packet(bytearray(self.data), mark=self.mark)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     path: Path
     claim: str
@@ -58,6 +65,7 @@ class Case:
     blocks: tuple[str, ...]  # the chains and sets of the golden text
     golden: str
     sends: tuple[Send, ...]
+    files: Mapping[str, Source]
 
     @property
     def name(self) -> str:
@@ -66,9 +74,15 @@ class Case:
     @cache  # noqa: B019  a case lives as long as the run
     def compiled(self) -> Compiled:
         try:
-            return compile(Source(self.path.name, self.policy))
+            return compile(Source(self.path.name, self.policy), self._read)
         except CompileError as error:
             raise AssertionError("\n".join(map(render, error.diagnostics))) from None
+
+    def _read(self, path: str, by: Source, library: bool) -> Source:
+        """The files that a policy names are further sections: `--- file NAME`."""
+        if path not in self.files:
+            raise UnreadableError("there is no such section")
+        return self.files[path]
 
     def bless(self) -> None:
         """Put the nftables that come out today into the file."""
@@ -92,6 +106,7 @@ def read(path: Path) -> Case:
     policy = golden = ""
     blocks: tuple[str, ...] = ()
     sends: list[Send] = []
+    files: dict[str, Source] = {}
     for index, mark in enumerate(marks):
         end = marks[index + 1].start() if index + 1 < len(marks) else len(text)
         content, argument = text[mark.end() + 1 : end], mark.group(2).strip()
@@ -103,9 +118,11 @@ def read(path: Path) -> Case:
             case "packets":
                 line = text.count("\n", 0, mark.end()) + 2
                 sends += _sends(path, line, argument or "forward", content)
+            case "file":
+                files[argument] = Source(argument, content)
             case other:
                 raise ValueError(f"{path}: no section is called {other}")
-    return Case(path, claim[2:], policy, blocks, golden, tuple(sends))
+    return Case(path, claim[2:], policy, blocks, golden, tuple(sends), files)
 
 
 def _sends(path: Path, first: int, route: str, content: str) -> list[Send]:
@@ -147,7 +164,7 @@ def printed(compiled: Compiled, blocks: tuple[str, ...]) -> str:
                 shown.append(f"# {table}")
         if inside and not line.strip().startswith("#"):
             shown.append(_COMMENT.sub("", line.removeprefix("\t")))
-        inside = inside and line != "\t}"
+        inside = inside and line != "\t}" and not line.endswith("; }")
     return "\n".join(shown)
 
 
@@ -156,7 +173,7 @@ def unmet(
 ) -> list[str]:
     """What was expected by hand and did not happen; `before` has crossed the hooks unchanged."""
     said = {(visit.policy.name, visit.outcome.name) for visit in visits}
-    dropped = any(visit.outcome.verdict == "drop" for visit in visits)
+    verdict = visits[-1].outcome.verdict if visits else "accept"
     problems = []
     for expected in expectations:
         text = expected.span.text
@@ -169,15 +186,21 @@ def unmet(
             case "untouched":
                 if any(name for _, name in said) or before.data != after.data:
                     problems.append(f"{text}: it was {sorted(map(str, said))}")
-            case "drop":
-                if not dropped:
-                    problems.append("drop: it was accepted")
+            case "accept" | "drop" | "reject" as wanted:
+                if verdict != wanted:
+                    problems.append(f"{wanted}: the verdict was {verdict}")
+            case "saddr" | "daddr" as kind:
+                assert expected.value is not None
+                address = value_set(expected.value, values.ADDRESS, Scope(), Findings())
+                got = after.source if kind == "saddr" else after.destination
+                if got not in address:
+                    problems.append(f"{text}: it is {values.address_text(*got)}")
             case kind:
                 assert expected.value is not None
                 wanted = single(expected.value, _FIELDS[kind], Scope(), Findings())
-                got = getattr(after, kind)
+                got = getattr(after, _GETTERS.get(kind, kind))
                 if got != wanted:
-                    problems.append(f"{text}: it is {got:#04x}")
-    if dropped and not any(e.kind == "drop" for e in expectations):
-        problems.append("it was dropped")
+                    problems.append(f"{text}: it is {got}")
+    if verdict != "accept" and not any(e.kind in ("drop", "reject") for e in expectations):
+        problems.append(f"the verdict was {verdict}")
     return problems

@@ -4,12 +4,15 @@ import struct
 
 from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.inet6 import ICMPv6EchoRequest, IPv6
+from scapy.layers.sctp import crc32c
 from scapy.packet import Packet as Layer
 
 SHAPES = (
     "options", "fragment", "first-fragment", "short",
     "hop-by-hop", "destination-options", "both-options",
+    "no-checksum", "nop", "nop-nop",
 )  # fmt: skip
+_CHECKSUMS = {6: 16, 17: 6}
 _IDENTITY = 0x1234  # not 0, or a raw socket would choose another one
 _PADDING = bytes((1, 4, 0, 0, 0, 0))  # PadN, RFC 8200 section 4.2
 
@@ -17,12 +20,47 @@ _PADDING = bytes((1, 4, 0, 0, 0, 0))  # PadN, RFC 8200 section 4.2
 def shaped(data: bytes, shape: str) -> bytes:
     """The packet in another shape: with IP options or extension headers, as a fragment, cut short.
 
-    `fragment` is a later one, `short` has eight bytes behind its IP header.
+    `fragment` is a later one, `short` has eight bytes behind its IP header. UDP can have
+    `no-checksum`, TCP one `nop` or two (`nop-nop`) before its other options. Several shapes
+    are joined by `+`.
     """
+    first, _, others = shape.partition("+")
+    if first and first not in SHAPES:
+        raise ValueError(f"no shape is called {first}")
+    data = _shaped(data, first)
+    return shaped(data, others) if others else data
+
+
+def _shaped(data: bytes, shape: str) -> bytes:
     version = data[0] >> 4
-    if shape and shape not in SHAPES:
-        raise ValueError(f"no shape is called {shape}")
+    start = 20 if version == 4 else 40
+    match shape:
+        case "no-checksum":
+            return data[: start + 6] + bytes(2) + data[start + 8 :]
+        case "nop" | "nop-nop":
+            nops = shape.count("nop")
+            options = bytes((1,)) * nops + data[start + 20 :] + bytes(-nops % 4)
+            body = bytearray(data[start : start + 20] + options)
+            body[12] = len(body) << 2
+            return _with_body(data[:start], body)
     return _shaped_ipv4(data, shape) if version == 4 else _shaped_ipv6(data, shape)
+
+
+def _with_body(head: bytes, body: bytearray) -> bytes:
+    """The packet with another transport part, lengths and checksums to fit."""
+    made, version = bytearray(head), head[0] >> 4
+    protocol = head[9] if version == 4 else head[6]
+    place = _CHECKSUMS[protocol]
+    ends = head[12:20] if version == 4 else head[8:40]
+    body[place : place + 2] = bytes(2)
+    pseudo = ends + struct.pack("!II", len(body), protocol)
+    struct.pack_into("!H", body, place, ones_complement(pseudo + body))
+    if version == 4:
+        struct.pack_into("!HHHBBH", made, 2, 20 + len(body), 0, 0, head[8], protocol, 0)
+        struct.pack_into("!H", made, 10, ones_complement(made))
+    else:
+        struct.pack_into("!H", made, 4, len(body))
+    return bytes(made + body)
 
 
 def _shaped_ipv4(data: bytes, shape: str) -> bytes:
@@ -88,10 +126,19 @@ def wrong_checksums(data: bytes) -> list[str]:
                        (ICMPv6EchoRequest, "cksum")):  # fmt: skip
         if kind not in given or (fragment and kind is not IP):
             continue
+        found = getattr(given[kind], name)
+        if kind is UDP and found == 0:
+            continue  # no checksum is used
         delattr(fresh[kind], name)
         wanted = getattr(layer(bytes(fresh))[kind], name)
-        if getattr(given[kind], name) != wanted:
-            wrong.append(f"{kind.__name__} {getattr(given[kind], name):#06x}, not {wanted:#06x}")
+        if found % 0xFFFF != wanted % 0xFFFF:  # both zeros of one's complement are right
+            wrong.append(f"{kind.__name__} {found:#06x}, not {wanted:#06x}")
+    start = (data[0] & 15) * 4 if data[0] >> 4 == 4 else 40
+    if data[9 if data[0] >> 4 == 4 else 6] == 132 and not fragment:
+        sctp = data[start:]
+        wanted = crc32c(sctp[:8] + bytes(4) + sctp[12:])
+        if sctp[8:12] != wanted.to_bytes(4):  # scapy has it in the order of the wire
+            wrong.append(f"SCTP {sctp[8:12].hex()}")
     return wrong
 
 

@@ -10,15 +10,15 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Self
 
 from itmlang import ir
-from itmlang.nft.model import TABLE_PREFIX
+from itmlang.nft.model import TABLE_PREFIX, Ruleset
 from itmlang.packet import Packet
-from itmlang.semantics import PATHS, State, Visit, at_hook, step
+from itmlang.semantics import Host, Visit
 from runtime import nft
 from runtime.lab import Capture, Network
 from runtime.traffic import MAC
@@ -40,22 +40,19 @@ table inet observer {
 _ARRIVAL = 1.0  # seconds that a packet which should arrive may take
 _ABSENCE = 0.01  # seconds after which one that should not arrive is taken for dropped
 SO_MARK, IPV6_RECVTCLASS = 36, 66
+_LOCAL = {socket.AF_INET: (1, 6, 17, 132), socket.AF_INET6: (6, 17, 58, 132)}  # see `Locals`
+# Of ctnetlink, include/uapi/linux/netfilter/nfnetlink_conntrack.h.
+_CONNTRACK_DELETE, _NETLINK_NETFILTER = 1 << 8 | 2, 12
 
 
-def through(
-    policies: Sequence[ir.Policy], states: dict[str, State], packet: Packet, path: str, now: float
-) -> list[Visit]:
-    """`semantics.traverse` with routing in between: the TTL goes down before `forward`."""
-    visits: list[Visit] = []
-    for hook in PATHS[path]:
+def through(host: Host, packet: Packet, path: str, now: float) -> list[Visit]:
+    """`Host.traverse` with routing in between: the TTL goes down before `forward`."""
+
+    def before(hook: str, packet: Packet) -> None:
         if hook == "forward":
             routed(packet.data)
-        for policy in at_hook(policies, hook):
-            outcome = step(policy, states[policy.name], packet, now)
-            visits.append(Visit(hook, policy, outcome))
-            if outcome.verdict == "drop":
-                return visits
-    return visits
+
+    return host.traverse(packet, path, now, before=before)
 
 
 def placed(packet: Packet, path: str) -> Packet:
@@ -68,6 +65,11 @@ def placed(packet: Packet, path: str) -> Packet:
 
 def _addresses(data: bytes) -> tuple[bytes, bytes]:
     return (data[12:16], data[16:20]) if data[0] >> 4 == 4 else (data[8:24], data[24:40])
+
+
+def side_of(data: bytes) -> int:
+    """Where a packet goes: 1 to the client's network, 2 to the server's."""
+    return _side(_addresses(data)[1])
 
 
 def from_client(data: bytes) -> bool:
@@ -85,10 +87,31 @@ def _side(address: bytes) -> int:
 
 @dataclass(frozen=True)
 class Arrival:
-    """A packet that came through: its bytes, or of a local IPv6 one what its socket tells."""
+    """A packet that came through: its bytes, of a local IPv6 one those behind the header.
+
+    For the latter, its socket tells the traffic class.
+    """
 
     data: bytes
     traffic_class: int | None = None
+
+
+def counted(host: Host) -> dict[str, int]:
+    """What `Wire.counted` should find, by the semantics."""
+    found = {}
+    for name, state in host.states.items():
+        found |= {f"{name} class {c}": n for c, n in state.packets.items()}
+        found |= {
+            f"{name} uncounted {count.flow.name}": state.flows[count.flow.name].uncounted
+            for count in state.policy.counts
+        }
+        for change in state.policy.updates:
+            if isinstance(change, ir.Addition):
+                table = host.sets[change.set.name]
+                found[f"{name} unlearned {change.set.name}"] = table.unlearned.get(name, 0)
+        for note, number in zip(state.policy.notes, state.noted, strict=True):
+            found[f"{name} {'sampled' if isinstance(note, ir.Sample) else 'recorded'} "] = number
+    return found
 
 
 class Wire:
@@ -123,6 +146,7 @@ class Wire:
     def loaded(self, text: str) -> Iterator["Exchange"]:
         """The ruleset in the manager; all tables of ours are gone afterwards."""
         with self.network.manager.entered():
+            _forget_connections()
             nft.load(text)
         try:
             with (
@@ -132,8 +156,8 @@ class Wire:
                 yield Exchange(self, client, server)
         finally:
             with self.network.manager.entered():
-                ours = [name for name in nft.tables() if name.startswith(TABLE_PREFIX)]
-                nft.load("".join(f"delete table inet {name}\n" for name in ours))
+                ours = [path for path in nft.tables() if f" {TABLE_PREFIX}" in path]
+                nft.load("".join(f"delete table {path}\n" for path in ours))
 
     def send(self, data: bytes, path: str, mark: int = 0) -> None:
         if path == "out":
@@ -148,19 +172,68 @@ class Wire:
         destination = _addresses(data)[1]
         family = socket.AF_INET if version == 4 else socket.AF_INET6
         sender = self._raw[version]
-        sender.setsockopt(socket.SOL_SOCKET, SO_MARK, mark)
+        sender.setsockopt(socket.SOL_SOCKET, SO_MARK, struct.pack("=I", mark))
         with suppress(PermissionError):  # what the sender of a dropped packet is told
             sender.sendto(data, (socket.inet_ntop(family, destination), 0))
 
-    def counters(self, table: str) -> dict[str, int]:
-        """The packets that each named counter of a table of the manager has seen."""
+    def counted(self, ruleset: Ruleset) -> dict[str, int]:
+        """All counters of a ruleset's policies, by policy and what they count."""
+        return {
+            f"{counter.policy} {counter.kind} {counter.of}": found[counter.name]
+            for table in ruleset.tables
+            for found in (self.counters(table.path),)
+            for counter in table.counters
+        }
+
+    def counters(self, path: str) -> dict[str, int]:
+        """The packets that each named counter of a table (`family name`) has seen."""
         with self.network.manager.entered():
-            listing = nft.table(table)
+            listing = nft.table(path)
         return {
             item["counter"]["name"]: item["counter"]["packets"]
             for item in listing
             if "counter" in item
         }
+
+
+class Locals:
+    """Raw sockets of the manager that hear what is delivered to it, for a `with` block.
+
+    They hear ICMP, TCP, UDP and SCTP without extension headers or fragments.
+    """
+
+    def __init__(self, wire: Wire) -> None:
+        self._sockets: dict[tuple[int, int], socket.socket] = {}
+        with wire.network.manager.entered():
+            for family, protocols in _LOCAL.items():
+                for protocol in protocols:
+                    one = socket.socket(family, socket.SOCK_RAW, protocol)
+                    one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+                    if family == socket.AF_INET6:
+                        one.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVTCLASS, 1)
+                    one.setblocking(False)
+                    self._sockets[4 if family == socket.AF_INET else 6, protocol] = one
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for one in self._sockets.values():
+            one.close()
+
+    def heard(self) -> dict[tuple[int, int], list[tuple[bytes, int | None]]]:
+        """What came since the last call, by family and protocol: bytes and IPv6's traffic class.
+
+        Of IPv6 the bytes begin behind the header.
+        """
+        found: dict[tuple[int, int], list[tuple[bytes, int | None]]] = {}
+        for key, one in self._sockets.items():
+            with suppress(BlockingIOError):
+                while True:
+                    data, control, _, _ = one.recvmsg(1 << 16, 256)
+                    tos = int.from_bytes(control[0][2], "little") if control else None
+                    found.setdefault(key, []).append((data, tos))
+        return found
 
 
 class Exchange:
@@ -171,12 +244,17 @@ class Exchange:
         self._captures = {1: client, 2: server}
         self._seen = {1: 0, 2: 0}
 
-    def pass_on(self, data: bytes, path: str, mark: int, expected: bool) -> Arrival | None:
-        """Send a packet and wait for it, only a moment if it is `expected` to be dropped."""
+    def pass_on(
+        self, data: bytes, path: str, mark: int, expected: bool, leaving: bytes = b""
+    ) -> Arrival | None:
+        """Send a packet and wait for it, only a moment if it is `expected` to be dropped.
+
+        `leaving` is what should come of it, where it may be addressed elsewhere then.
+        """
         if path == "in":
             return self._locally(data, expected)
         self._wire.send(data, path, mark)
-        side = _side(_addresses(data)[1])
+        side = _side(_addresses(leaving or data)[1])
         found = self._captures[side].packets
         deadline = time.monotonic() + (_ARRIVAL if expected else _ABSENCE)
         while len(found) <= self._seen[side] and time.monotonic() < deadline:
@@ -186,6 +264,28 @@ class Exchange:
         self._seen[side] += 1
         return Arrival(found[self._seen[side] - 1].data)
 
+    def burst(
+        self, sends: Iterable[bytes], path: str, expected: Mapping[int, int]
+    ) -> dict[int, list[bytes]]:
+        """Send packets on a path past the manager; what arrived at each side, in order.
+
+        Waits for the `expected` number at each side, and a moment for more.
+        """
+        for data in sends:
+            self._wire.send(data, path)
+        deadline = time.monotonic() + _ARRIVAL
+        while time.monotonic() < deadline and any(
+            len(self._captures[side].packets) < self._seen[side] + number
+            for side, number in expected.items()
+        ):
+            time.sleep(0.001)
+        time.sleep(_ABSENCE)
+        found = {}
+        for side, capture in self._captures.items():
+            found[side] = [one.data for one in capture.packets[self._seen[side] :]]
+            self._seen[side] += len(found[side])
+        return found
+
     def stray(self) -> int:
         """How many packets arrived that nobody waited for."""
         return sum(len(capture.stop()) - self._seen[side]
@@ -194,7 +294,7 @@ class Exchange:
     def _locally(self, data: bytes, expected: bool) -> Arrival | None:
         family = socket.AF_INET if data[0] >> 4 == 4 else socket.AF_INET6
         protocol = data[9] if family == socket.AF_INET else data[6]
-        before = self._wire.counters("observer")["arrived"]
+        before = self._wire.counters("inet observer")["arrived"]
         with self._wire.network.manager.entered():
             listener = socket.socket(family, socket.SOCK_RAW, protocol)
         with listener:
@@ -206,13 +306,23 @@ class Exchange:
                 received, control, _, _ = listener.recvmsg(1 << 16, 256)
             except TimeoutError:
                 received, control = b"", []
-        arrived = self._wire.counters("observer")["arrived"] - before
+        arrived = self._wire.counters("inet observer")["arrived"] - before
         if not arrived:
             return None
         if family == socket.AF_INET:
             return Arrival(received)
         ((_, _, raw),) = control
         return Arrival(received, int.from_bytes(raw, "little"))
+
+
+def _forget_connections() -> None:
+    """Empty the caller's connection tracking, so that no test meets another one's."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER) as netlink:
+        netlink.settimeout(1)
+        netlink.send(struct.pack("=IHHIIBBH", 20, _CONNTRACK_DELETE, 5, 1, 0, 0, 0, 0))
+        (failure,) = struct.unpack_from("=i", netlink.recv(4096), 16)
+        if failure:
+            raise OSError(-failure, "the connections cannot be forgotten")
 
 
 def _link_socket() -> socket.socket:
