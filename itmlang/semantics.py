@@ -472,6 +472,18 @@ class Visit:
     outcome: Outcome
 
 
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    """One thing that a packet meets: a hook (`state` is None) or a policy there."""
+
+    hook: str
+    state: State | None = None
+
+
+_TRACK: Final = _Stop("")  # connection tracking
+_Step = Callable[[Packet, float], Outcome]
+
+
 def at_hook(policies: Iterable[ir.Policy], hook: str) -> list[ir.Policy]:
     """The policies at a hook (with its device) in the order they run: by priority, then as given."""
     return sorted((p for p in policies if hook in p.hooks), key=lambda p: p.priority)
@@ -503,19 +515,29 @@ class Host:
         random = Random(self.seed)
         self.states = {p.name: State(p, self.sets, random) for p in self.policies}
         self._conntrack = Conntrack() if any(map(tracks, self.policies)) else None
-        self._at: dict[tuple[str, str | None], list[tuple[State, str]]] = {}
-        self._ways: dict[
-            tuple[str, str | None, str | None], list[Callable[[Packet, float], Outcome]]
-        ] = {}
+        self._ways: dict[tuple[str, str | None, str | None], list[_Stop]] = {}
+        self._steps: dict[tuple[str, str | None, str | None], list[_Step | None]] = {}
 
-    def _states(self, kind: str, device: str | None) -> list[tuple[State, str]]:
-        """The states at a hook with the hook's full name, in the order they run."""
-        found = self._at.get((kind, device))
-        if found is None:
-            name = f'{kind} "{device}"' if kind in (INGRESS, EGRESS) else kind
-            found = [(self.states[p.name], name) for p in at_hook(self.policies, name)]
-            self._at[kind, device] = found
-        return found
+    def _way(self, path: str, entering: str | None, leaving: str | None) -> "list[_Stop]":
+        """All that a packet with these interfaces meets on a path, in order."""
+        way = self._ways.get((path, entering, leaving))
+        if way is not None:
+            return way
+        way = self._ways[path, entering, leaving] = []
+        tracked = self._conntrack is None
+        for kind in PATHS[path]:
+            way.append(_Stop(kind))
+            device = {INGRESS: entering, EGRESS: leaving}.get(kind)
+            hook = f'{kind} "{device}"' if kind in (INGRESS, EGRESS) else kind
+            for policy in at_hook(self.policies, hook):
+                if not tracked and kind in TRACKING_HOOKS and policy.priority >= TRACKING:
+                    way.append(_TRACK)
+                    tracked = True
+                way.append(_Stop(hook, self.states[policy.name]))
+            if not tracked and kind in TRACKING_HOOKS:
+                way.append(_TRACK)
+                tracked = True
+        return way
 
     def traverse(
         self,
@@ -533,47 +555,41 @@ class Host:
         """
         visits: list[Visit] = []
         tracked: Tracked | None = None
-        for kind in PATHS[path]:
-            if before is not None:
-                before(kind, packet)
-            device = {INGRESS: packet.input, EGRESS: packet.output}.get(kind)
-            for state, hook in self._states(kind, device):
-                if tracked is None and kind in TRACKING_HOOKS and state.policy.priority >= TRACKING:
-                    tracked = self._track(packet, now)
-                outcome = state.step(packet, now, told=told)
-                visits.append(Visit(hook, state.policy, outcome))
+        for stop in self._way(path, packet.input, packet.output):
+            if stop is _TRACK:
+                tracked = self._track(packet, now)
+            elif stop.state is not None:
+                outcome = stop.state.step(packet, now, told=told)
+                visits.append(Visit(stop.hook, stop.state.policy, outcome))
                 if outcome.verdict != "accept":
                     return visits
-            if tracked is None and kind in TRACKING_HOOKS:
-                tracked = self._track(packet, now)
+            elif before is not None:
+                before(stop.hook, packet)
         if tracked is not None and self._conntrack is not None:
             self._conntrack.confirm(tracked, now)
         return visits
 
     def pass_on(self, packet: Packet, path: str, now: float) -> str:
         """Like `traverse`, but only the verdict comes of it: for many packets."""
-        at = self._ways.get((path, packet.input, packet.output))
-        if at is None:
-            at = self._way(path, packet.input, packet.output)
-        if self._conntrack is not None:
-            visits = self.traverse(packet, path, now)
-            return visits[-1].outcome.verdict if visits else "accept"
-        for step in at:
+        key = path, packet.input, packet.output
+        steps = self._steps.get(key)
+        if steps is None:
+            steps = self._steps[key] = [
+                None if stop is _TRACK else stop.state.step  # type: ignore[union-attr]
+                for stop in self._way(*key)
+                if stop is _TRACK or stop.state is not None
+            ]
+        tracked: Tracked | None = None
+        for step in steps:
+            if step is None:
+                tracked = self._track(packet, now)
+                continue
             verdict = step(packet, now).verdict
             if verdict != "accept":
                 return verdict
+        if tracked is not None and self._conntrack is not None:
+            self._conntrack.confirm(tracked, now)
         return "accept"
-
-    def _way(
-        self, path: str, entering: str | None, leaving: str | None
-    ) -> list[Callable[[Packet, float], Outcome]]:
-        """The steps of all policies on a path, in order."""
-        devices = {INGRESS: entering, EGRESS: leaving}
-        way: list[Callable[[Packet, float], Outcome]] = [
-            s.step for kind in PATHS[path] for s, _ in self._states(kind, devices.get(kind))
-        ]
-        self._ways[path, entering, leaving] = way
-        return way
 
     def _track(self, packet: Packet, now: float) -> Tracked | None:
         if self._conntrack is None:

@@ -55,6 +55,8 @@ class FlowTable:
         self._getters = tuple(f.get for f in self.flow.key)
         self._by_address = self.flow.by_address
         self._timeout = _FOR_EVER if self.flow.timeout is None else self.flow.timeout / 1000
+        # Until when nothing in a full table can expire.
+        self._full_until: dict[int, float] = {}
         # The key of the packet that was asked about last: logging it needs the same one.
         self._asked: tuple[Packet | None, Key | None] = (None, None)
 
@@ -93,10 +95,7 @@ class FlowTable:
         entry = table.get(key)
         if entry is None or now - entry.last >= self._timeout:
             table.pop(key, None)
-            if len(table) >= self.flow.size:
-                for old in [k for k, e in table.items() if now - e.last >= self._timeout]:
-                    del table[old]
-            if len(table) >= self.flow.size:
+            if len(table) >= self.flow.size and not self._room(packet, table, now):
                 self.uncounted += 1
                 return None
             entry = table[key] = Entry(first=now)
@@ -108,6 +107,19 @@ class FlowTable:
         if self.connections:
             self._track(entry, packet, now)
         return entry
+
+    def _room(self, packet: Packet, table: dict[Key, Entry], now: float) -> bool:
+        """Take what has expired out of a full table; is there room then?"""
+        family = packet.family if self._by_address else 0
+        if now < self._full_until.get(family, 0.0):
+            return False
+        for old in [k for k, e in table.items() if now - e.last >= self._timeout]:
+            del table[old]
+        if len(table) < self.flow.size:
+            return True
+        # Entries can only be renewed until then, so none need be looked at before.
+        self._full_until[family] = min(e.last for e in table.values()) + self._timeout
+        return False
 
     def _measure(self, entry: Entry, packet: Packet, now: float) -> None:
         if entry.buckets is None or entry.over is None:
@@ -143,6 +155,8 @@ class Buckets:
     limit: ir.Limit
     table: FlowTable
     buckets: dict[int, dict[Key, tuple[Bucket, float]]] = field(default_factory=dict)
+    # By family: until then nothing in a full table can expire.
+    _full_until: dict[int, float] = field(default_factory=dict)
 
     def over(self, packet: Packet, now: float) -> bool:
         """Is the flow's bucket out? A new flow that finds no room is not limited."""
@@ -150,16 +164,20 @@ class Buckets:
         if key is None:
             return False
         flow = self.table.flow
-        held = self.buckets.setdefault(packet.family if flow.by_address else 0, {})
+        family = packet.family if flow.by_address else 0
+        held = self.buckets.setdefault(family, {})
         timeout = _FOR_EVER if flow.timeout is None else flow.timeout / 1000
         found = held.get(key)
         if found is None or now - found[1] >= timeout:
             held.pop(key, None)
             if len(held) >= flow.size:
+                if now < self._full_until.get(family, 0.0):
+                    return False
                 for old in [k for k, (_, last) in held.items() if now - last >= timeout]:
                     del held[old]
-            if len(held) >= flow.size:
-                return False
+                if len(held) >= flow.size:
+                    self._full_until[family] = min(last for _, last in held.values()) + timeout
+                    return False
             found = (new_bucket(self.limit), now)
         held[key] = (found[0], now)
         return found[0].over(packet.length, now)
@@ -176,9 +194,11 @@ class SetTable:
     set: ir.LearnedSet
     elements: dict[int, dict[Hashable, float]] = field(default_factory=dict)
     unlearned: dict[str, int] = field(default_factory=dict)  # by policy
+    # By family: until then nothing in a full set can expire.
+    _full_until: dict[int, float] = field(default_factory=dict)
 
     def _held(self, value: Hashable) -> dict[Hashable, float]:
-        return self.elements.setdefault(value[0] if isinstance(value, tuple) else 0, {})
+        return self.elements.setdefault(_family(value), {})
 
     def has(self, value: Hashable, now: float) -> bool:
         return self._held(value).get(value, 0.0) > now
@@ -186,17 +206,25 @@ class SetTable:
     def add(self, value: Hashable, now: float, timeout: int | None, policy: str) -> bool:
         """Add or renew an element, for so many milliseconds; False if there is no room."""
         time = self.set.timeout if timeout is None else timeout
-        held = self._held(value)
+        family, held = _family(value), self._held(value)
         if not held.get(value, 0.0) > now:
             held.pop(value, None)
-            if len(held) >= self.set.size:
+            if len(held) >= self.set.size and now >= self._full_until.get(family, 0.0):
                 for old in [v for v, end in held.items() if end <= now]:
                     del held[old]
+                self._full_until[family] = min(held.values(), default=0.0)
             if len(held) >= self.set.size:
                 self.unlearned[policy] = self.unlearned.get(policy, 0) + 1
                 return False
-        held[value] = _FOR_EVER if time is None else now + time / 1000
+        end = held[value] = _FOR_EVER if time is None else now + time / 1000
+        if family in self._full_until:
+            self._full_until[family] = min(self._full_until[family], end)
         return True
 
     def remove(self, value: Hashable) -> None:
         self._held(value).pop(value, None)
+
+
+def _family(value: Hashable) -> int:
+    """The family of an address, 0 of other values."""
+    return value[0] if isinstance(value, tuple) else 0

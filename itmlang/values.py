@@ -314,6 +314,8 @@ _DURATIONS: Final = {"d": 86_400_000, "h": 3_600_000, "m": 60_000, "s": 1000, "m
 
 def duration_text(milliseconds: int) -> str:
     """A duration in its largest whole unit, as the language writes it."""
+    if not milliseconds:
+        return "0s"
     for unit, size in _DURATIONS.items():
         if milliseconds % size == 0:
             return f"{milliseconds // size}{unit}"
