@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEBIAN := libnftables1 nftables python3-venv
 PYTHON ?= python3
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test nightly lint clean
 
 setup: $(VENV)/.ready
 
@@ -35,6 +35,11 @@ lint: setup
 
 test: lint
 	$(BIN)/pytest -n auto
+
+# The long forms of the random tests: 20 000 packets before the kernel, 200 000 texts.
+nightly: setup
+	ITM_POLICIES=200 ITM_FUZZ=200000 ITM_EXAMPLES=4000 $(BIN)/pytest -n auto \
+	  tests/test_parser.py tests/test_simplify.py tests/kernel/test_random.py
 
 clean:
 	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
