@@ -180,7 +180,8 @@ class _Check:
                 "E011",
                 f"`{name.text}` cannot be a name",
                 name.span,
-                help="a name has lower-case letters, digits and `_`, and begins with a letter",
+                help=values.unit_help(name.text)
+                or "a name has lower-case letters, digits and `_`, and begins with a letter",
             )
         elif len(name.text) > LONGEST_NAME:
             self.findings.error(
@@ -605,7 +606,7 @@ class _Check:
                 "E010",
                 f"`{written}` is not in this version yet" if later
                 else f"there is no action `{written}`", node.span,
-                help="" if later else did_you_mean(written, known),
+                help="" if later else values.unit_help(written) or did_you_mean(written, known),
             )  # fmt: skip
             return None
         for hook in hooks:

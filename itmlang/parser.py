@@ -25,6 +25,7 @@ from itmlang import syntax
 from itmlang.diagnostics import Findings, did_you_mean
 from itmlang.resources import resource
 from itmlang.source import Source, Span
+from itmlang.values import unit_help
 
 DEEPEST_NESTING: Final = 64
 MOST_WORDS: Final = 1_000_000
@@ -65,6 +66,12 @@ _MARKS: Final = re.compile(
 )
 # Inside of something unclosed, these begin the next item; `set` and others are statements, too.
 _HEADS: Final = re.compile(r"(?:policy|use|test)\b(?:[^\n{}()]|\([^\n()]*\))*\{")
+_SECTIONS: Final = frozenset({"_INTEREST", "_CLASSIFY", "_LOG", "_PROCESS", "_UPDATE"})
+_TEST_LINES: Final = frozenset({"_SEND", "_PATH", "_WAIT"})
+# What other languages say, and this one does not.
+_MEANT: Final = {
+    "if": "CLASS when CONDITION", "on": "at HOOK, …", "hook": "at HOOK, …", "match": "interest { … }",
+}  # fmt: skip
 _TEST: Final = re.compile(r"(?:\s|;|#[^\n]*\n)*test\b")
 
 
@@ -253,8 +260,13 @@ def _report(
         return
     span = Span(source, token.start_pos or 0, token.end_pos or 0)
     before = _BEFORE.search(source.text[max(0, span.start - 40) : span.start])
+    number = re.search(r"[0-9]\s*$", source.text[max(0, span.start - 40) : span.start])
     help = ""
-    if token.type != "WORD" and token[:1].isalpha() and "WORD" in accepted:
+    if token.type in _SECTIONS:
+        help = "a `}` may be missing before it"
+    elif token.type in _TEST_LINES:
+        help = "an `expect …` may be missing before it"
+    elif token.type != "WORD" and token[:1].isalpha() and "WORD" in accepted:
         help = f"`{token}` is a word of the language here: choose another name"
     elif token == "=" and "OPERATOR" in accepted:
         help = "to compare, write `==`"
@@ -264,6 +276,10 @@ def _report(
         words = [w for t in accepted if (w := _spelling(rule, t)).isalpha()]
         help = did_you_mean(str(token), words)
         help = help if help.startswith("did") else ""
+        if number is not None and unit_help(str(token)):
+            help = unit_help(str(token))
+        elif str(token) in _MEANT:
+            help = f"write `{_MEANT[str(token)]}`"
         if str(token) in words:  # a section's keyword is none without its brace
             help = "a `{` is missing behind it"
         if str(token) in _LATER:

@@ -151,7 +151,9 @@ def _instances(
                     pass
     for item in modules[-1].file.items:
         if isinstance(item, syntax.Policy) and not {item.name.text} & (used | set(made)):
-            lacking = next(p for p in item.parameters if p.default is None)
+            lacking = next((p for p in item.parameters if p.default is None), None)
+            if lacking is None:
+                continue  # another policy has the name, which was said
             findings.warning(
                 "W007",
                 f"`{item.name.text}` is not loaded: `{lacking.name.text}` has no value",
@@ -169,7 +171,8 @@ def _use(
         findings.error(
             "E010", f"there is no policy `{node.policy.text}`", node.policy.span,
             help=did_you_mean(node.policy.text, policies)
-            or "write it in this file, or `include` the file that has it",
+            or "write it in this file, or include the one that has it: "
+            f'`include "{node.policy.text}.itm"`',
         )  # fmt: skip
         return None
     given = arguments(policy, node.arguments, node.policy.span, findings)

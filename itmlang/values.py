@@ -387,6 +387,22 @@ PERIODS: Final = {"s": 86_400, "m": 1_440, "h": 24, "d": 1}
 _BITS: Final = {"bit": 1, "kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
 
 
+# What one writes elsewhere, by its lower case.
+_UNITS_MEANT: Final = {
+    "bps": "bit", "kbps": "kbit", "mbps": "mbit", "gbps": "gbit", "kbit": "kbit", "mbit": "mbit",
+    "gbit": "gbit", "kb": "KB", "mb": "MB", "gb": "GB", "pps": "packets/s", "pkts": "packets",
+    "pkt": "packets", "b": "bytes", "sec": "s", "secs": "s", "second": "s", "seconds": "s",
+    "min": "m", "mins": "m", "minute": "m", "minutes": "m", "hour": "h", "hours": "h", "day": "d",
+    "days": "d", "msec": "ms",
+}  # fmt: skip
+
+
+def unit_help(word: str) -> str:
+    """What unit was meant by a word that is none, as help; "" if there is no telling."""
+    meant = _UNITS_MEANT.get(word.lower())
+    return f"there is no unit `{word}`: write `{meant}`" if meant and meant != word else ""
+
+
 def _rates(amounts: Mapping[str, int]) -> dict[str, int]:
     return {
         f"{unit}/{per}": size * times * len(PERIODS)

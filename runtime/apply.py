@@ -171,14 +171,15 @@ def switch(names: Sequence[str], *, on: bool) -> tuple[str, ...]:
                     f"no policy `{name}` is loaded",
                     did_you_mean(name, known) or "`itmc list` shows what is loaded",
                 )
-        changing = [r for r in store.state.records if r.name in names and r.on != on]
         kernel = _kernel()
-        for record in changing:
+        chosen = [r for r in store.state.records if r.name in names]
+        for record in chosen:
             if record.table not in kernel:
                 raise MachineError(
                     f"the table of `{record.name}` is gone from the kernel",
                     "`itmc apply` brings it back",
                 )
+        changing = [r for r in chosen if r.on != on or (on and not _hooked(r, kernel))]
         wanted = State(
             tuple(replace(r, on=on) if r.name in names else r for r in store.state.records)
         )
@@ -196,6 +197,11 @@ def switch(names: Sequence[str], *, on: bool) -> tuple[str, ...]:
             digested = _with_digests(wanted, sound)
             store.commit(store.prepare(digested), digested)
     return tuple(r.name for r in changing)
+
+
+def _hooked(record: Record, kernel: Mapping[str, Running]) -> bool:
+    """Are all base chains of a policy where they should be?"""
+    return all(chain in kernel[record.table].chains for _, _, chain in record.hooks)
 
 
 def file_key(name: str) -> str:
@@ -299,13 +305,17 @@ class ClassStatus:
 
 @dataclass(frozen=True)
 class FlowStatus:
-    """`entries` flows of at most `size` (for each address family) are known."""
+    """`entries` flows of at most `size` (for each address family) are known.
+
+    `uncounted` are packets of new flows that found the table full; None for the
+    buckets of a limit, of which the kernel does not tell.
+    """
 
     name: str
     key: tuple[str, ...]
     entries: int
     size: int
-    uncounted: int  # packets of new flows that found the table full, or had no key
+    uncounted: int | None
 
 
 @dataclass(frozen=True)
@@ -402,7 +412,7 @@ def _status(r: Record, there: bool, counts: bool) -> PolicyStatus:
             flow.key,
             sum(len(nft.elements(r.table, name)) for _, name in flow.sets),
             flow.size,
-            counted(flow.uncounted)[0],
+            counted(flow.uncounted)[0] if flow.uncounted else None,
         )
         for flow in r.flows
     )

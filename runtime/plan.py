@@ -329,6 +329,9 @@ def _flows(sets: Sequence[FlowSet], uncounted: Mapping[str, str]) -> tuple[FlowR
     for flow_set in sets:
         if flow_set.role == "count":
             counting.setdefault(flow_set.flow, []).append(flow_set)
+        elif flow_set.role == "limit":
+            number = flow_set.name.rpartition("_")[2]
+            counting.setdefault(f"{flow_set.flow} (limit {number})", []).append(flow_set)
     return tuple(
         FlowRecord(
             name=name,

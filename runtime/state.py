@@ -29,7 +29,7 @@ class FlowRecord:
     key: tuple[str, ...]
     size: int
     sets: tuple[tuple[int, str], ...]
-    uncounted: str  # the counter of packets that found no room, "" without one
+    uncounted: str  # the counter of packets that found no room, "" without one (of limits)
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def lower(file: str, policies: Sequence[Simplified], findings: Findings) -> Rule
             _Lowering(one, table, shared, findings)
         _value_sets(table, group)
         table.chains.extend(shared.values())
-        _check_depth(table, findings)
+        _reach(table, findings)
         tables.append(table)
     findings.raise_errors()
     return Ruleset(file, tuple(tables), tuple(one.policy.name for one in policies))
@@ -705,7 +705,7 @@ class _Lowering:
                 continue
             guard, key = matched
             name = f"{flow_set(flow, family)}_limit_{buckets}"
-            self._flow_set(flow, name, "meter", family, key)
+            self._flow_set(flow, name, "limit", family, key)
             text = f"{guard} update @{self.prefix}{name} {{ {key} {over} }} {target}"
             self._rule(chain, text, limit.span, label)
 
@@ -824,13 +824,16 @@ def _as_protocol(found: re.Match[str]) -> str:
     return f"meta protocol {found[1] or ''}ip" + ("6" if found[2] == "v6" else "")
 
 
-# The kernel's bound on nesting.
+# What can be reached, and how deep.
 
 
-def _check_depth(table: Table, findings: Findings) -> None:
+def _reach(table: Table, findings: Findings) -> None:
+    """Drop chains that nothing leads to; refuse what the kernel would find too deep."""
     follow = {chain.name: chain for chain in table.chains}
     level = table.base_chains
-    for _ in range(DEEPEST_CHAIN):
+    found = {chain.name for chain in level}
+    depth = 0
+    while level:
         reached = {
             word
             for chain in level
@@ -838,15 +841,18 @@ def _check_depth(table: Table, findings: Findings) -> None:
             for word in rule.text.replace(",", " ").split()
             if word in follow
         }
-        if not reached:
-            return
+        found |= reached
         level = [follow[name] for name in sorted(reached)]
-    findings.error(
-        "E041",
-        f"a condition nests too deep for the kernel, which follows {DEEPEST_CHAIN} jumps",
-        level[0].span,
-        help="split it into several `CLASS when …` lines: they are or-ed",
-    )
+        depth += 1
+        if depth == DEEPEST_CHAIN and level:
+            findings.error(
+                "E041",
+                f"a condition nests too deep for the kernel, which follows {DEEPEST_CHAIN} jumps",
+                level[0].span,
+                help="split it into several `CLASS when …` lines: they are or-ed",
+            )
+            return
+    table.chains[:] = [chain for chain in table.chains if chain.name in found]
 
 
 def _positive(condition: ir.Condition) -> bool:

@@ -66,7 +66,8 @@ class FlowSet:
     """A dynamic set with one element a flow.
 
     `role` is "count" (elements carry a counter; `key` names the fields), "meter"
-    (a further threshold of the same flow), "over" (the flows past a threshold) or
+    (a further threshold of the same flow), "limit" (the buckets of a limit for each
+    flow), "over" (the flows past a threshold) or
     "learned" (a learned set's elements, `flow` is the set's name).
     `timeout` is in milliseconds; None for none, and `timed` tells whether elements
     may still bring their own.

@@ -7,7 +7,7 @@ import click
 from itmlang.diagnostics import Findings
 from itmlang.packets import read_packet
 from itmlang.semantics import PATHS, Host, Visit
-from itmlang.trials import built
+from itmlang.trials import INTERFACES, built
 from runtime.cli.files import compiled
 from runtime.errors import UsageError
 
@@ -33,6 +33,7 @@ def command(file: str, packet: tuple[str, ...], after: int, path: str) -> None:
 
         itmc explain FILE tcp 10.0.0.1:1000 -> 10.0.0.2:80 flags syn length 60
 
+    A packet without `in` and `out` comes in at eth0 and leaves at eth1, as in tests.
     In a shell, `->` needs quotes: put them around the whole packet.
     """
     policies = compiled(file).policies
@@ -46,8 +47,8 @@ def command(file: str, packet: tuple[str, ...], after: int, path: str) -> None:
         raise UsageError("the packet is not understood", "see `itmc explain --help`")
     host = Host(policies)
     for _ in range(after):
-        host.traverse(built(header, path), path, 0.0)
-    gone = built(header, path)
+        host.traverse(built(header, path, *INTERFACES), path, 0.0)
+    gone = built(header, path, *INTERFACES)
     visits = host.traverse(gone, path, 0.0, told=True)
     click.echo(f"{text}: packet {after + 1} of its flow, path {path}")
     if not visits:
@@ -67,7 +68,8 @@ def _show(visit: Visit) -> None:
     outcome, policy = visit.outcome, visit.policy
     click.echo(f"\n{visit.hook}: {policy.name} ({policy.span}, priority {policy.priority})")
     width = max((len(line.text) for line in outcome.lines), default=0)
-    several = len({line.span.source for line in outcome.lines}) > 1
+    # A template's lines are of another file than the `use` that the heading names.
+    several = any(line.span.source is not policy.span.source for line in outcome.lines)
     places = [
         f"{Path(line.span.source.name).name}:{line.span.line}"
         if several

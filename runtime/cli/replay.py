@@ -33,8 +33,7 @@ class _Tally:
     other: int = 0  # not IP
     malformed: int = 0
     cut: int = 0  # too short to be a packet, because the capture kept only a part
-    first: int = 0  # ns
-    last: int = 0
+    seconds: float = 0.0  # between the first packet and the last
     verdicts: Counter[str] = field(default_factory=Counter)
     broken: str = ""  # why the capture ended too early
 
@@ -64,8 +63,8 @@ def command(
 ) -> None:
     """Run the packets of a capture (pcap, pcapng) through the policies of FILE.
 
-    Time is the capture's. Nothing is routed and TTLs stay. PCAP may be - for
-    standard input. Packets that are cut short or malformed are counted, and copied
+    Time is the capture's. Nothing is routed and TTLs stay; without --in and --out,
+    packets have no interfaces. PCAP may be - for standard input. Packets that are cut short or malformed are counted, and copied
     to OUT as they are; so is what is not IP.
     """
     if write is not None and write == capture and write != "-":
@@ -101,16 +100,18 @@ def _replay(
     entering, leaving = ends
     pass_on, verdicts = host.pass_on, tally.verdicts
     number = octets = accepted = 0
-    start = None
+    start, now = None, 0.0
     try:
         for captured in packets:
             number += 1
             if not number % _STRIDE:
                 advance()
             octets += captured.length
-            time, network = captured.time, captured.network
+            network = captured.network
             if start is None:
-                start = tally.first = time
+                start = captured.time
+            # Packets of several interfaces may stand out of order: time never goes back.
+            now = max(now, (captured.time - start) / 1e9)
             if network is None:
                 tally.other += 1
             else:
@@ -122,7 +123,7 @@ def _replay(
                     else:
                         tally.malformed += 1
                 else:
-                    verdict = pass_on(packet, path, (time - start) / 1e9)
+                    verdict = pass_on(packet, path, now)
                     if verdict == "accept":
                         accepted += 1
                         network = packet.data  # type: ignore[assignment]
@@ -131,13 +132,12 @@ def _replay(
                         continue
             if writer is not None:
                 writer.write(captured, network)
-            tally.last = time
     except CaptureError as error:
         # What came before stays usable.
         if not number:
             raise
         tally.broken = error.message
-    tally.packets, tally.bytes = number, octets
+    tally.packets, tally.bytes, tally.seconds = number, octets, now
     verdicts["accept"] = accepted
 
 
@@ -157,8 +157,7 @@ def _progress(packets: Capture) -> Iterator[Any]:
 
 
 def _show(host: Host, tally: _Tally, top: int) -> None:
-    seconds = (tally.last - tally.first) / 1e9
-    say(f"{tally.packets:,} packets, {tally.bytes:,} bytes, {seconds:.3f} s")
+    say(f"{tally.packets:,} packets, {tally.bytes:,} bytes, {tally.seconds:.3f} s")
     parts = [f"{n:,} {verb}" for verb, n in (
         ("accepted", tally.verdicts["accept"]), ("dropped", tally.verdicts["drop"]),
         ("rejected", tally.verdicts["reject"]), ("not IP", tally.other),
@@ -236,7 +235,7 @@ def _json(host: Host, tally: _Tally, top: int) -> dict[str, Any]:
         "schema": 1,
         "packets": tally.packets,
         "bytes": tally.bytes,
-        "seconds": (tally.last - tally.first) / 1e9,
+        "seconds": tally.seconds,
         "accepted": tally.verdicts["accept"],
         "dropped": tally.verdicts["drop"],
         "rejected": tally.verdicts["reject"],

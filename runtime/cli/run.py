@@ -14,6 +14,7 @@ from runtime.cli.files import compiled, file_argument
 def command(file: str | None) -> None:
     """Apply FILE, stay in the foreground, and remove its policies on Ctrl-C.
 
+    Policies of FILE that were loaded before are replaced, and removed, too.
     Also on SIGTERM and SIGHUP: when the terminal goes, so do the policies.
     """
     ends = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}

@@ -47,13 +47,17 @@ def _show(policy: PolicyStatus) -> None:
     if policy.noted:
         table(("log", "packets", "bytes"), [(n.name, n.packets, n.bytes) for n in policy.noted])
     if policy.flows:
-        rows = [(f.name, ", ".join(f.key), f.entries, f.size, f.uncounted) for f in policy.flows]
+        rows = [
+            (f.name, ", ".join(f.key), f.entries, f.size,
+             "-" if f.uncounted is None else f.uncounted)
+            for f in policy.flows
+        ]  # fmt: skip
         table(("flow", "by", "entries", "max", "packets without room"), rows)
     if policy.learned:
         sets = [(f"@{s.name}", s.entries, s.size, s.unlearned) for s in policy.learned]
         table(("learned set", "entries", "max", "additions without room"), sets)
     for flow in policy.flows:
-        _warn_of_full(f"the flow `{flow.name}`", flow.entries, flow.size, flow.uncounted)
+        _warn_of_full(f"the flow `{flow.name}`", flow.entries, flow.size, flow.uncounted or 0)
     for one in policy.learned:
         _warn_of_full(f"the set `@{one.name}`", one.entries, one.size, one.unlearned)
     click.echo()
