@@ -5,7 +5,6 @@ collected. What comes out is `ir.Policy`, in which nothing can be wrong any more
 but what only the simplifier (can it ever match?) or the kernel can tell.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Final, TypeVar
 
@@ -17,12 +16,10 @@ from itmlang.diagnostics import Findings, did_you_mean
 from itmlang.evaluate import Parameter, Scope, one_address, single, value_set
 from itmlang.fields import EGRESS, FIELDS, HOOKS, INGRESS, INTEREST_FIELDS, Field, hook_kind
 from itmlang.rates import advice, fits, period
-from itmlang.resolve import DEFAULT_SIZE, Instance, Program, size_options
+from itmlang.resolve import DEFAULT_SIZE, Instance, Program, check_name, size_options
 from itmlang.values import PARAMETER_TYPES, Names, Type, ValueSet
 
 DEFAULT_TIMEOUT: Final = 5 * 60_000
-# nft allows 255 characters; with the prefixes of generated names this is plenty.
-LONGEST_NAME: Final = 64
 # nft packs the types of a key into 32 bits, six for each field; the kernel has
 # sixteen 4-byte registers for it (NFT_REG32_COUNT).
 MOST_KEY_FIELDS: Final = 5
@@ -35,7 +32,6 @@ DEFAULT_BURST: Final = 5
 DEFAULT_RECORDS: Final = (10, 1)
 DEFAULT_GROUP: Final = 1
 FULL_PACKET: Final = 1500  # bytes, as an Ethernet carries them
-_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 # Words of the language that later versions will know as actions.
 _LATER: Final = frozenset({"call", "encapsulate", "decapsulate", "route", "send", "proxy"})
@@ -110,8 +106,8 @@ class _Check:
 
     def policy(self) -> ir.Policy | None:
         errors_before = len(self.findings.diagnostics)
-        self._name(self.node.name)
-        self._name(self.instance.name)
+        check_name(self.node.name, self.findings)
+        check_name(self.instance.name, self.findings)
         complete = self._parameters()
         hooks = self._hooks()
         priority = self._priority()
@@ -174,25 +170,11 @@ class _Check:
             )
         return found[0] if found else None
 
-    def _name(self, name: syntax.Name) -> None:
-        if not _NAME.fullmatch(name.text):
-            self.findings.error(
-                "E011",
-                f"`{name.text}` cannot be a name",
-                name.span,
-                help=values.unit_help(name.text)
-                or "a name has lower-case letters, digits and `_`, and begins with a letter",
-            )
-        elif len(name.text) > LONGEST_NAME:
-            self.findings.error(
-                "E011", f"the name is longer than {LONGEST_NAME} characters", name.span
-            )
-
     def _new_names(self, names: Iterable[syntax.Name], what: str) -> list[syntax.Name]:
         """The names, each checked and reported when it comes twice."""
         first: dict[str, syntax.Name] = {}
         for name in names:
-            self._name(name)
+            check_name(name, self.findings)
             if name.text in first:
                 self.findings.error(
                     "E012",
@@ -377,7 +359,7 @@ class _Check:
     # Flows.
 
     def _flow(self, node: syntax.Flow, conditions: Conditions) -> None:
-        self._name(node.name)
+        check_name(node.name, self.findings)
         if node.name.text in self.flows:
             first = self.flows[node.name.text].span
             self.findings.error(
@@ -421,7 +403,7 @@ class _Check:
         rules: list[ir.ClassRule] = []
         otherwise: ir.ClassRule | None = None
         for rule in node.rules if node is not None else ():
-            self._name(rule.name)
+            check_name(rule.name, self.findings)
             if otherwise is not None:
                 self.findings.warning(
                     "W001",

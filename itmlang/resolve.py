@@ -18,6 +18,8 @@ from itmlang.modules import Module, Reader, UnreadableError
 from itmlang.source import Source, Span
 from itmlang.values import Addresses, Type, ValueSet
 
+# nft allows 255 characters; with the prefixes of generated names this is plenty.
+LONGEST_NAME: Final = 64
 DEFAULT_SIZE: Final = 65_536
 # Entries of a set that are given twice: lists from elsewhere have many of them.
 MOST_TWICE: Final = 5
@@ -25,6 +27,7 @@ _FORMS: Final = {
     "address": "an address, a prefix or a range a-b",
     "interface": "a name, or a pattern that ends in `*`",
 }
+_NAME: Final = re.compile(r"[a-z][a-z0-9_]*")
 _ELEMENT: Final = re.compile(
     r'(?P<address>[0-9a-fA-F.:/]*[.:][0-9a-fA-F.:/]*)|(?P<number>0x[0-9a-fA-F]+|[0-9]+)'
     r"|(?P<word>[A-Za-z_][\w-]*)"
@@ -119,6 +122,20 @@ def _set_names(tree: object) -> Iterator[str]:
     elif is_dataclass(tree) and not isinstance(tree, Span):
         for part in vars(tree).values():
             yield from _set_names(part)
+
+
+def check_name(name: syntax.Name, findings: Findings) -> None:
+    """Refuse what cannot be a name."""
+    if not _NAME.fullmatch(name.text):
+        findings.error(
+            "E011",
+            f"`{name.text}` cannot be a name",
+            name.span,
+            help=values.unit_help(name.text)
+            or "a name has lower-case letters, digits and `_`, and begins with a letter",
+        )
+    elif len(name.text) > LONGEST_NAME:
+        findings.error("E011", f"the name is longer than {LONGEST_NAME} characters", name.span)
 
 
 # Policies and uses.
@@ -254,11 +271,7 @@ def _set(
     findings: Findings,
 ) -> ir.AnySet | None:
     type = values.PARAMETER_TYPES.get(node.type.text)
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", node.name.text):
-        findings.error(
-            "E011", f"`{node.name.text}` cannot be a name", node.name.span,
-            help="a name has lower-case letters, digits and `_`, and begins with a letter",
-        )  # fmt: skip
+    check_name(node.name, findings)
     if type is None:
         findings.error(
             "E010", f"there is no type `{node.type.text}`", node.type.span,

@@ -480,7 +480,9 @@ class _Stop:
     state: State | None = None
 
 
-_TRACK: Final = _Stop("")  # connection tracking
+# Connection tracking, and where it keeps a new connection: before egress.
+_TRACK: Final = _Stop("track")
+_CONFIRM: Final = _Stop("confirm")
 _Step = Callable[[Packet, float], Outcome]
 
 
@@ -516,7 +518,7 @@ class Host:
         self.states = {p.name: State(p, self.sets, random) for p in self.policies}
         self._conntrack = Conntrack() if any(map(tracks, self.policies)) else None
         self._ways: dict[tuple[str, str | None, str | None], list[_Stop]] = {}
-        self._steps: dict[tuple[str, str | None, str | None], list[_Step | None]] = {}
+        self._steps: dict[tuple[str, str | None, str | None], list[_Step | _Stop]] = {}
 
     def _way(self, path: str, entering: str | None, leaving: str | None) -> "list[_Stop]":
         """All that a packet with these interfaces meets on a path, in order."""
@@ -526,6 +528,8 @@ class Host:
         way = self._ways[path, entering, leaving] = []
         tracked = self._conntrack is None
         for kind in PATHS[path]:
+            if kind == EGRESS:
+                way.append(_CONFIRM)
             way.append(_Stop(kind))
             device = {INGRESS: entering, EGRESS: leaving}.get(kind)
             hook = f'{kind} "{device}"' if kind in (INGRESS, EGRESS) else kind
@@ -537,6 +541,8 @@ class Host:
             if not tracked and kind in TRACKING_HOOKS:
                 way.append(_TRACK)
                 tracked = True
+        if EGRESS not in PATHS[path]:
+            way.append(_CONFIRM)
         return way
 
     def traverse(
@@ -558,6 +564,8 @@ class Host:
         for stop in self._way(path, packet.input, packet.output):
             if stop is _TRACK:
                 tracked = self._track(packet, now)
+            elif stop is _CONFIRM:
+                self._confirm(tracked, now)
             elif stop.state is not None:
                 outcome = stop.state.step(packet, now, told=told)
                 visits.append(Visit(stop.hook, stop.state.policy, outcome))
@@ -565,8 +573,6 @@ class Host:
                     return visits
             elif before is not None:
                 before(stop.hook, packet)
-        if tracked is not None and self._conntrack is not None:
-            self._conntrack.confirm(tracked, now)
         return visits
 
     def pass_on(self, packet: Packet, path: str, now: float) -> str:
@@ -574,22 +580,28 @@ class Host:
         key = path, packet.input, packet.output
         steps = self._steps.get(key)
         if steps is None:
+            tracking = (_TRACK, _CONFIRM) if self._conntrack is not None else ()
             steps = self._steps[key] = [
-                None if stop is _TRACK else stop.state.step  # type: ignore[union-attr]
+                stop if stop.state is None else stop.state.step
                 for stop in self._way(*key)
-                if stop is _TRACK or stop.state is not None
+                if stop in tracking or stop.state is not None
             ]
         tracked: Tracked | None = None
         for step in steps:
-            if step is None:
+            if step is _TRACK:
                 tracked = self._track(packet, now)
-                continue
-            verdict = step(packet, now).verdict
-            if verdict != "accept":
-                return verdict
+            elif step is _CONFIRM:
+                self._confirm(tracked, now)
+            else:
+                verdict = step(packet, now).verdict  # type: ignore[operator]
+                if verdict != "accept":
+                    return verdict
+        return "accept"
+
+    def _confirm(self, tracked: Tracked | None, now: float) -> None:
+        """What happens behind input and postrouting: a new connection is kept."""
         if tracked is not None and self._conntrack is not None:
             self._conntrack.confirm(tracked, now)
-        return "accept"
 
     def _track(self, packet: Packet, now: float) -> Tracked | None:
         if self._conntrack is None:

@@ -20,7 +20,7 @@ from itmlang.fields import FIELDS, Field, hook_kind
 from itmlang.source import Span
 from itmlang.values import FAMILIES, IPV4, Addresses, InexpressibleError, Ranges, ValueSet
 
-# In a policy with more rules than this, only equal conditions are looked for among earlier classes.
+# In a policy with more rules (times intervals of chance) than this, only equal conditions are looked for among earlier classes.
 MOST_COMPARED: Final = 500
 
 
@@ -151,12 +151,12 @@ def _variant(policy: ir.Policy, outside: Facts, findings: Findings) -> Variant:
             else "",
         )
         return Variant(facts, FALSE(policy.interest.span), (Draw(0, MOST_DRAWN, ()),), ())
-    draws = []
-    for low, high in _draws(policy, findings):
+    draws, intervals = [], _draws(policy, findings)
+    for low, high in intervals:
         drawn = replace(facts, draws=(low, high))
         # A class that one interval lacks may be in another one.
         told = findings if (low, high) == (0, MOST_DRAWN) else Findings()
-        draws.append(Draw(low, high, _rules(policy, drawn, told)))
+        draws.append(Draw(low, high, _rules(policy, drawn, len(intervals), told)))
     return Variant(facts, interest, tuple(draws), _updates(policy, facts))
 
 
@@ -257,10 +257,12 @@ def _protocols_of(field: Field) -> Ranges:
     return Ranges.of(255, [(p, p) for p in field.protocols])
 
 
-def _rules(policy: ir.Policy, facts: Facts, findings: Findings) -> tuple[ir.ClassRule, ...]:
+def _rules(
+    policy: ir.Policy, facts: Facts, draws: int, findings: Findings
+) -> tuple[ir.ClassRule, ...]:
     simplifier = _Simplifier(policy, facts)
     kept: list[ir.ClassRule] = []
-    compared = kept if len(policy.rules) <= MOST_COMPARED else []
+    compared = kept if len(policy.rules) * draws <= MOST_COMPARED else []
     seen: dict[object, ir.ClassRule] = {}
     for rule in policy.rules:
         if rule.condition is None:
@@ -342,17 +344,21 @@ class _Simplifier:
         self.facts = facts
         self.counted = {count.flow.name for count in policy.counts}
 
-    def condition(self, condition: ir.Condition, negate: bool = False) -> ir.Condition:
-        """The simple form of the condition, or of its negation."""
+    def condition(self, condition: ir.Condition) -> ir.Condition:
+        """The simple form of the condition."""
+        return self._assume_keys(self._normal(condition, False), frozenset())
+
+    def _normal(self, condition: ir.Condition, negate: bool) -> ir.Condition:
+        """The normal form of the condition, or of its negation."""
         match condition:
             case ir.Not():
-                return self.condition(condition.term, not negate)
+                return self._normal(condition.term, not negate)
             case ir.And() | ir.Or():
-                terms = [self.condition(term, negate) for term in condition.terms]
+                terms = [self._normal(term, negate) for term in condition.terms]
                 conjunction = isinstance(condition, ir.And) != negate
                 return (self._and if conjunction else self._or)(terms, condition.span)
             case ir.FlowTest():
-                return self.condition(self._overs(condition), negate)
+                return self._normal(self._overs(condition), negate)
             case ir.Test():
                 return self._test(condition, negate)
             case ir.Bits():
@@ -453,7 +459,6 @@ class _Simplifier:
             return FALSE(span)
         if self._protocols(merged).empty:
             return FALSE(span)
-        merged = self._assume_keys(merged)
         return merged[0] if len(merged) == 1 else ir.And(tuple(merged), span)
 
     def _or(self, terms: Sequence[ir.Condition], span: Span) -> ir.Condition:
@@ -482,23 +487,28 @@ class _Simplifier:
     def _empty(self, term: ir.Condition) -> bool:
         return isinstance(term, ir.Test) and self._possible(term)[0].empty
 
-    def _assume_keys(self, terms: list[ir.Condition]) -> list[ir.Condition]:
-        """Drop tests that a key is there, where `Over` of the same flow says so already."""
-        present = {f.name for t in terms if isinstance(t, ir.Over) for f in t.flow.key}
-        if not present:
-            return terms
-        return [leaf for term in terms for leaf in conjuncts(self._without_presence(term, present))]
+    def _assume_keys(self, term: ir.Condition, present: frozenset[str]) -> ir.Condition:
+        """Without tests that a flow's key is there, where `Over` of that flow says so already.
 
-    def _without_presence(self, term: ir.Condition, present: set[str]) -> ir.Condition:
+        `present` are the fields that conjuncts above have shown to be there.
+        """
         match term:
             case ir.Test() if term.field.name in present and term.values.full:
                 return TRUE(term.span)
             case ir.And():
-                return self._and(
-                    [self._without_presence(t, present) for t in term.terms], term.span
-                )
+                keys = (f.name for t in term.terms if isinstance(t, ir.Over) for f in t.flow.key)
+                here = present | frozenset(keys)
+                kept = [leaf for t in term.terms for leaf in conjuncts(self._assume_keys(t, here))]
+                if any(map(is_false, kept)):
+                    return FALSE(term.span)
+                return kept[0] if len(kept) == 1 else ir.And(tuple(kept), term.span)
             case ir.Or():
-                return self._or([self._without_presence(t, present) for t in term.terms], term.span)
+                choices = [
+                    leaf for t in term.terms for leaf in disjuncts(self._assume_keys(t, present))
+                ]
+                if any(map(is_true, choices)):
+                    return TRUE(term.span)
+                return choices[0] if len(choices) == 1 else ir.Or(tuple(choices), term.span)
             case _:
                 return term
 

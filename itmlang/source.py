@@ -31,10 +31,12 @@ class Source:
         index = bisect_right(self.line_starts, offset) - 1
         return index + 1, offset - self.line_starts[index] + 1
 
-    def line(self, number: int) -> str:
-        """The text of a line (counted from 1), without its end."""
+    def line(self, number: int, most: int | None = None) -> str:
+        """The text of a line (counted from 1), without its end; `most` characters of it."""
         start = self.line_starts[number - 1]
         end = self.line_starts[number] if number < len(self.line_starts) else len(self.text)
+        if most is not None:
+            end = min(end, start + most)
         return self.text[start:end].rstrip("\r\n")
 
 

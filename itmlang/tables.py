@@ -200,6 +200,10 @@ class SetTable:
     def _held(self, value: Hashable) -> dict[Hashable, float]:
         return self.elements.setdefault(_family(value), {})
 
+    def held(self, now: float) -> int:
+        """How many elements there are."""
+        return sum(end > now for part in self.elements.values() for end in part.values())
+
     def has(self, value: Hashable, now: float) -> bool:
         return self._held(value).get(value, 0.0) > now
 

@@ -180,10 +180,8 @@ def _matches(pattern: str, name: str) -> bool:
 
 def _within(pattern: str, patterns: frozenset[str]) -> bool:
     """Is each name of the pattern one of the patterns' names?"""
-    return any(
-        pattern == other or (other.endswith("*") and pattern.startswith(other[:-1]))
-        for other in patterns
-    )
+    stems = (f"{pattern[:end]}*" for end in range(len(pattern)))
+    return pattern in patterns or any(stem in patterns for stem in stems)
 
 
 ValueSet = Ranges | Addresses | Names
@@ -261,10 +259,13 @@ def union_all(nothing: ValueSet, sets: Sequence[ValueSet]) -> ValueSet:
         case Addresses():
             return Addresses.of([i for one in sets for i in intervals(one)])
         case Names():
-            names: ValueSet = nothing
-            for one in sets:
-                names = union(names, one)
-            return names
+            names = [one for one in sets if isinstance(one, Names)]
+            if not any(one.inverted for one in names):
+                return Names(frozenset().union(*(one.patterns for one in names)))
+            found: ValueSet = nothing
+            for one in names:
+                found = union(found, one)
+            return found
 
 
 def intersection(a: ValueSet, b: ValueSet) -> ValueSet:

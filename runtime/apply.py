@@ -23,7 +23,7 @@ from runtime import nft
 from runtime.errors import MachineError, UsageError
 from runtime.nft import NftRefusalError
 from runtime.plan import Plan, Running, plan, records_of, removal, running, switching
-from runtime.state import Record, State, load, locked
+from runtime.state import Record, State, Store, load, locked
 
 _DEVICE: Final = re.compile(r'\bdevice "[^"]+"')
 
@@ -72,11 +72,7 @@ def apply(compiled: Compiled, *, check: bool = False) -> Applied:
         rehooked = [r for r in store.state.records if r.name in change.rehooked]
         renewed = {r.name for r in records} | {r.name for r in rehooked if not _drifted(r)}
         _load(change, compiled)
-        store.commit(prepared, change.state)
-        digested = _with_digests(change.state, renewed)
-        # The policies are loaded: what fails from here on must not look like a refusal.
-        with suppress(MachineError):
-            store.commit(store.prepare(digested), digested)
+        _settle(store, prepared, change.state, renewed)
     return _applied(change, records)
 
 
@@ -147,12 +143,8 @@ def remove(names: Sequence[str]) -> tuple[str, ...]:
                 nft.load(script)
             except NftRefusalError as refusal:
                 raise MachineError(f"nftables refused: {refusal}; nothing was removed") from refusal
-        store.commit(prepared, left)
-        if sound:
-            # Their tables are shorter now, and that is no drift.
-            digested = _with_digests(left, sound)
-            with suppress(MachineError):
-                store.commit(store.prepare(digested), digested)
+        # The tables of those that stay are shorter now, and that is no drift.
+        _settle(store, prepared, left, sound)
     return tuple(going)
 
 
@@ -192,10 +184,7 @@ def switch(names: Sequence[str], *, on: bool) -> tuple[str, ...]:
                 nft.load(script)
             except NftRefusalError as refusal:
                 raise MachineError(f"nftables refused: {refusal}; nothing was changed") from refusal
-        store.commit(prepared, wanted)
-        with suppress(MachineError):
-            digested = _with_digests(wanted, sound)
-            store.commit(store.prepare(digested), digested)
+        _settle(store, prepared, wanted, sound)
     return tuple(r.name for r in changing)
 
 
@@ -271,12 +260,24 @@ def _load(change: Plan, compiled: Compiled, *, check: bool = False) -> None:
         ) from refusal
 
 
+def _settle(store: Store, prepared: Path, state: State, renewed: set[str]) -> None:
+    """Put the new state in its place, with digests of what now runs.
+
+    The kernel has it already: what fails from here on must not look like a refusal.
+    """
+    with suppress(MachineError, OSError):
+        store.commit(prepared, state)
+        if renewed:
+            digested = _with_digests(state, renewed)
+            store.commit(store.prepare(digested), digested)
+
+
 def _with_digests(state: State, names: set[str]) -> State:
     """The state with the digests of the named policies' tables taken anew."""
-    tables = {r.table for r in state.records if r.name in names}
-    records = tuple(
-        replace(r, digest=_digest(r.table)) if r.table in tables else r for r in state.records
-    )
+    digests = {r.table: "" for r in state.records if r.name in names}
+    for path in digests:
+        digests[path] = _digest(path)
+    records = tuple(replace(r, digest=digests.get(r.table, r.digest)) for r in state.records)
     return State(records)
 
 
@@ -371,13 +372,16 @@ def _statuses(*, counts: bool, names: Sequence[str] = ()) -> tuple[PolicyStatus,
     nft.require_rights()
     state = load()
     present = set(_our_tables())
+    seen: dict[str, tuple[str, Mapping[str, tuple[int, int]]]] = {}  # by table
     found = []
     for r in state.records:
         if names and r.name not in names:
             continue
         there = r.table in present
+        if there and r.table not in seen:
+            seen[r.table] = _digest(r.table), _counters(r.table) if counts else {}
         found.append(
-            _status(r, there, counts)
+            _status(r, counts, *seen[r.table])
             if there
             else PolicyStatus(r.name, "missing", r.shown, _hooks(r), r.priority, True, (), ())
         )
@@ -395,12 +399,13 @@ def _hooks(r: Record) -> tuple[tuple[str, int], ...]:
     return tuple((hook, priority) for hook, priority, _ in r.hooks)
 
 
-def _status(r: Record, there: bool, counts: bool) -> PolicyStatus:
-    drift = not there or _drifted(r)
+def _status(
+    r: Record, counts: bool, digest: str, counters: Mapping[str, tuple[int, int]]
+) -> PolicyStatus:
+    drift = bool(r.digest) and digest != r.digest
     state = "on" if r.on else "off"
     if not counts:
         return PolicyStatus(r.name, state, r.shown, _hooks(r), r.priority, drift, (), ())
-    counters = _counters(r.table)
 
     def counted(name: str) -> tuple[int, int]:
         return counters.get(name, (0, 0))

@@ -116,7 +116,7 @@ def _stale(table: Table, kernel: Running) -> tuple[list[str], list[str]]:
     ]
     # Without their rules, nothing refers to them any more.
     empty = [f"flush table {table.path}"] if commands else []
-    learned = [name for name in kinds["set"] if not name.startswith("set_")]
+    learned = [name for name in kinds["set"] if not _is_fixed(name)]
     return empty + commands, learned
 
 
@@ -127,8 +127,13 @@ def _learned_by(records: Sequence[Record], kernel: Running) -> list[str]:
     return [
         name
         for name in kernel.sets
-        if name in learned or (name.startswith(own) and not name.startswith("set_"))
+        if name in learned or (name.startswith(own) and not _is_fixed(name))
     ]
+
+
+def _is_fixed(name: str) -> bool:
+    """Is this the name of a set with fixed values? What belongs to a policy has a dot."""
+    return name.startswith("set_") and "." not in name
 
 
 def _learned_sets(records: Sequence[Record]) -> tuple[str, ...]:

@@ -110,7 +110,7 @@ def _bench(trial: Trial, sends: Sequence[Send], path: str) -> Iterator["_Bench"]
         for number, link in enumerate(sorted(inputs | outputs | devices)):
             wires[link] = f"wire{number}"
             veth(manager, link, outside, wires[link])
-        bench = _Bench(manager, outside, wires, stack)
+        bench = _Bench(manager, outside, wires)
         for send in sends:
             family, destination = send.header.destination
             host = f"{address_text(family, destination)}/{32 if family == IPV4 else 128}"
@@ -134,10 +134,8 @@ class _Bench:
     manager: Namespace
     outside: Namespace
     wires: dict[str, str]  # link of the manager -> its other end
-    stack: ExitStack
     captures: dict[str, Capture] = field(default_factory=dict)
     _routed: set[str] = field(default_factory=set)
-    _seen: dict[str, int] = field(default_factory=dict)
 
     def route(self, host: str, link: str) -> None:
         if host in self._routed:

@@ -83,6 +83,7 @@ _CHANGED: Final = 0x0100_0000
 # "For ever" in a learned set is a hundred years. The kernel gives an element that came
 # without a time none later on, and drops one with a time when it is renewed without.
 FOR_EVER: Final = 36_500 * 86_400_000
+_QUOTED: Final = re.compile(r'"[^"]*"')  # a log's prefix may look like anything
 _MOST_PACKETS: Final = 2**32 - 1  # the burst of nft_limit is 32 bits wide
 _MOST_ELEMENTS: Final = 2**32 - 1  # so is a set's size
 
@@ -131,7 +132,7 @@ def _value_sets(table: Table, group: Iterable[Simplified]) -> None:
                     name = named_set(test.named, family)
                     if name not in found:
                         found[name] = _value_set(name, test.named, test.field, family)
-    rules = [rule.text for chain in table.chains for rule in chain.rules]
+    rules = [_QUOTED.sub("", rule.text) for chain in table.chains for rule in chain.rules]
     named = {word for text in rules for word in re.findall(r"@((?:set)_\w+)", text)}
     table.values.extend(found[name] for name in sorted(found) if name in named)
 
@@ -838,7 +839,7 @@ def _reach(table: Table, findings: Findings) -> None:
             word
             for chain in level
             for rule in chain.rules
-            for word in rule.text.replace(",", " ").split()
+            for word in _QUOTED.sub("", rule.text).replace(",", " ").split()
             if word in follow
         }
         found |= reached

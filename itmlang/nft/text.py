@@ -198,8 +198,8 @@ def comment(rule: Rule) -> str:
 
 def _quoted(span: Span) -> str:
     """The policy's line, or its beginning: all of a policy may stand on one line."""
-    text = _plain(span.source.line(span.line).strip())
-    return text if len(text) <= LONGEST_QUOTE else text[:LONGEST_QUOTE] + " ..."
+    text = span.source.line(span.line, LONGEST_QUOTE + 100).strip()
+    return _plain(text) if len(text) <= LONGEST_QUOTE else _plain(text[:LONGEST_QUOTE]) + " ..."
 
 
 def _plain(text: str) -> str:

@@ -172,7 +172,7 @@ def _show(host: Host, tally: _Tally, top: int) -> None:
         for flow in policy.flows:
             _show_flow(state, flow, top)
         for one in policy.learned:
-            held = sum(len(part) for part in host.sets[one.name].elements.values())
+            held = host.sets[one.name].held(tally.seconds)
             say(f"  @{one.name}: {held} of {one.size}")
         say("")
 

@@ -4,7 +4,7 @@ import signal
 
 import click
 
-from runtime.apply import apply, remove
+from runtime.apply import apply, loaded, remove
 from runtime.cli.apply import report
 from runtime.cli.files import compiled, file_argument
 
@@ -28,5 +28,9 @@ def command(file: str | None) -> None:
         click.echo("running; Ctrl-C removes it")
         signal.sigwait(ends)
     finally:
-        remove(done.loaded)
-    click.echo(f"\nremoved {', '.join(done.loaded)}")
+        # Some may have been removed by somebody else meanwhile.
+        left = {policy.name for policy in loaded()}
+        gone = [name for name in done.loaded if name in left]
+        if gone:
+            remove(gone)
+    click.echo(f"\nremoved {', '.join(gone)}" if gone else "\nnothing was left to remove")
