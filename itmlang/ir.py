@@ -269,6 +269,19 @@ class Policy:
         return (self.interest, *(c.condition for c in asked if c.condition is not None))
 
     @property
+    def tracks(self) -> bool:
+        """Does the policy ask connection tracking anything?"""
+        if any(field.tracked for flow in self.flows for field in flow.key):
+            return True
+        return any(
+            leaf.attribute == "connections"
+            if isinstance(leaf, FlowTest | Over)
+            else leaf.field.tracked
+            for condition in self.conditions
+            for leaf in leaves(condition)
+        )
+
+    @property
     def learned(self) -> tuple[LearnedSet, ...]:
         """The learned sets that the policy asks or changes, sorted by name."""
         asked = [

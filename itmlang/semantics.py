@@ -491,19 +491,6 @@ def at_hook(policies: Iterable[ir.Policy], hook: str) -> list[ir.Policy]:
     return sorted((p for p in policies if hook in p.hooks), key=lambda p: p.priority)
 
 
-def tracks(policy: ir.Policy) -> bool:
-    """Does the policy ask connection tracking anything?"""
-    asked = (leaf for c in policy.conditions for leaf in ir.leaves(c))
-    if any(flow.key == (FIELDS["connection"],) for flow in policy.flows):
-        return True
-    return any(
-        leaf.attribute == "connections"
-        if isinstance(leaf, ir.FlowTest)
-        else not isinstance(leaf, ir.Over) and leaf.field.name.startswith("ct.")
-        for leaf in asked
-    )
-
-
 @dataclass
 class Host:
     """The policies of a traffic manager and what they learned; chance begins at `seed`."""
@@ -516,7 +503,7 @@ class Host:
     def __post_init__(self) -> None:
         random = Random(self.seed)
         self.states = {p.name: State(p, self.sets, random) for p in self.policies}
-        self._conntrack = Conntrack() if any(map(tracks, self.policies)) else None
+        self._conntrack = Conntrack() if any(p.tracks for p in self.policies) else None
         self._ways: dict[tuple[str, str | None, str | None], list[_Stop]] = {}
         self._steps: dict[tuple[str, str | None, str | None], list[_Step | _Stop]] = {}
 

@@ -109,6 +109,11 @@ class Simplified:
 
 def simplify(policy: ir.Policy, findings: Findings) -> Simplified:
     """Simplify one policy; what can never match is warned about."""
+    if policy.tracks:
+        # Connection tracking puts fragments together before any policy sees them.
+        return Simplified(
+            policy, _variant(policy, Facts(policy.hooks, diverted=True), findings), None
+        )
     whole = _variant(policy, Facts(policy.hooks), findings)
     asked = [*whole.rules, *whole.updates]
     conditions = [whole.interest, *(a.condition for a in asked if a.condition is not None)]

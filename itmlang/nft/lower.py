@@ -285,9 +285,9 @@ class _Lowering:
         return f"goto {other.name}"
 
     def _divert(self, chain: Chain, target: str, span: Span) -> None:
-        """Rules that send later fragments elsewhere."""
+        """Rules that send later fragments elsewhere; behind connection tracking there are none."""
         for family, match in _LATER_FRAGMENT.items():
-            if family in self.facts.families:
+            if family in self.facts.families and not self.policy.tracks:
                 self._rule(chain, f"{match} {target}", span)
 
     # Classification.
@@ -696,7 +696,7 @@ class _Lowering:
     ) -> None:
         """A bucket for each entry of a flow; a later fragment is in none that has ports."""
         buckets = self._number("buckets")
-        if keyed_by_transport(flow):
+        if keyed_by_transport(flow) and not self.policy.tracks:
             outer, chain = chain, self._chain(f"buckets_{buckets}", limit.span)
             self._rule(outer, f"jump {chain.name}", limit.span, label)
             self._divert(chain, "return", limit.span)
