@@ -270,7 +270,7 @@ class Policy:
 
     @property
     def tracks(self) -> bool:
-        """Does the policy ask connection tracking anything?"""
+        """Does the policy name anything that connection tracking tells?"""
         if any(field.tracked for flow in self.flows for field in flow.key):
             return True
         return any(

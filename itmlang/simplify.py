@@ -18,7 +18,7 @@ from itmlang import ir, values
 from itmlang.diagnostics import Findings
 from itmlang.fields import FIELDS, Field, hook_kind
 from itmlang.source import Span
-from itmlang.values import FAMILIES, IPV4, Addresses, InexpressibleError, Ranges, ValueSet
+from itmlang.values import FAMILIES, IPV4, Addresses, InexpressibleError, Names, Ranges, ValueSet
 
 # In a policy with more rules (times intervals of chance) than this, only equal conditions are looked for among earlier classes.
 MOST_COMPARED: Final = 500
@@ -89,11 +89,14 @@ class Simplified:
     Later fragments have no transport header, but the kernel reads ports and flags
     from whatever stands there. Where a policy asks for such fields, `fragments` is
     what it means for later fragments, and `whole` is for all other packets only.
+    Where its rules ask connection tracking there are none (`reassembled`): the kernel
+    puts fragments together before any policy sees them.
     """
 
     policy: ir.Policy
     whole: Variant
     fragments: Variant | None
+    reassembled: bool = False
 
     @property
     def variants(self) -> tuple[Variant, ...]:
@@ -110,10 +113,12 @@ class Simplified:
 def simplify(policy: ir.Policy, findings: Findings) -> Simplified:
     """Simplify one policy; what can never match is warned about."""
     if policy.tracks:
-        # Connection tracking puts fragments together before any policy sees them.
-        return Simplified(
-            policy, _variant(policy, Facts(policy.hooks, diverted=True), findings), None
-        )
+        said = Findings()
+        reassembled = _variant(policy, Facts(policy.hooks, diverted=True), said)
+        if _asks_tracking(policy, reassembled):
+            for diagnostic in said.diagnostics:
+                findings.add(diagnostic)
+            return Simplified(policy, reassembled, None, reassembled=True)
     whole = _variant(policy, Facts(policy.hooks), findings)
     asked = [*whole.rules, *whole.updates]
     conditions = [whole.interest, *(a.condition for a in asked if a.condition is not None)]
@@ -124,6 +129,31 @@ def simplify(policy: ir.Policy, findings: Findings) -> Simplified:
     whole = _variant(policy, Facts(policy.hooks, diverted=True), Findings())
     fragments = _variant(policy, Facts(policy.hooks, fragments=True), Findings())
     return Simplified(policy, whole, fragments)
+
+
+def _asks_tracking(policy: ir.Policy, variant: Variant) -> bool:
+    """Do the rules for these conditions ask connection tracking anything?
+
+    What was simplified away does not count: then the kernel has no reason to track.
+    """
+    asked = (*variant.rules, *variant.updates)
+    leaves = [
+        leaf for c in (variant.interest, *(a.condition for a in asked)) for leaf in ir.leaves(c)
+    ]
+    flows = [leaf.flow for leaf in leaves if isinstance(leaf, ir.Over | ir.FlowTest)]
+    flows += [count.flow for count in policy.counts]
+    steps = [step for rule in variant.rules for step in policy.process.get(rule.name, ())]
+    while steps:
+        step = steps.pop()
+        if isinstance(step, ir.Limit):
+            flows += [step.flow] if step.flow is not None else []
+            steps.extend(step.otherwise)
+    return any(
+        leaf.attribute == "connections"
+        if isinstance(leaf, ir.Over | ir.FlowTest)
+        else leaf.field.tracked
+        for leaf in leaves
+    ) or any(field.tracked for flow in flows for field in flow.key)
 
 
 def asks_transport(condition: ir.Condition) -> bool:
@@ -526,6 +556,7 @@ def _merge(
 ) -> list[ir.Condition]:
     """Tests of one field made one, thresholds of one flow made one, doubles dropped."""
     merged: dict[object, ir.Condition] = {}
+    united: dict[object, list[ValueSet]] = {}  # all at once, for there may be thousands
     for term in terms:
         match term:
             case ir.Test() if term.named is not None or term.field is FIELDS["random"]:
@@ -533,7 +564,10 @@ def _merge(
             case ir.Test():
                 key = ("test", term.field.name)
                 old = merged.get(key)
-                if isinstance(old, ir.Test):
+                if combine is values.union and not isinstance(term.values, Names):
+                    united.setdefault(key, []).append(term.values)
+                    term = old or term
+                elif isinstance(old, ir.Test):
                     try:
                         term = replace(old, values=combine(old.values, term.values))
                     except InexpressibleError:
@@ -552,6 +586,10 @@ def _merge(
             case _:
                 key = _shape(term)
         merged[key] = term
+    for key, sets in united.items():
+        test = merged[key]
+        if isinstance(test, ir.Test) and len(sets) > 1:
+            merged[key] = replace(test, values=values.union_all(test.field.type.nothing, sets))
     return list(merged.values())
 
 

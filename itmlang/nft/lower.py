@@ -163,6 +163,7 @@ class _Lowering:
         self.policy = simplified.policy
         self.whole, self.fragments = simplified.whole, simplified.fragments
         self.variants = simplified.variants
+        self._reassembled = simplified.reassembled
         self.facts: Facts = self.whole.facts  # of the packets that rules are being made for
         self.findings = findings
         self.table = table
@@ -287,7 +288,7 @@ class _Lowering:
     def _divert(self, chain: Chain, target: str, span: Span) -> None:
         """Rules that send later fragments elsewhere; behind connection tracking there are none."""
         for family, match in _LATER_FRAGMENT.items():
-            if family in self.facts.families and not self.policy.tracks:
+            if family in self.facts.families and not self._reassembled:
                 self._rule(chain, f"{match} {target}", span)
 
     # Classification.
@@ -696,7 +697,7 @@ class _Lowering:
     ) -> None:
         """A bucket for each entry of a flow; a later fragment is in none that has ports."""
         buckets = self._number("buckets")
-        if keyed_by_transport(flow) and not self.policy.tracks:
+        if keyed_by_transport(flow) and not self._reassembled:
             outer, chain = chain, self._chain(f"buckets_{buckets}", limit.span)
             self._rule(outer, f"jump {chain.name}", limit.span, label)
             self._divert(chain, "return", limit.span)
