@@ -109,9 +109,9 @@ class Packet:
                 size, self.is_fragment = 8, True
                 fragment_offset = struct.unpack_from("!H", data, offset + 2)[0] & 0xFFF8
                 if fragment_offset:
-                    if after in _EXTENSIONS and after != _NO_NEXT:
-                        return
-                    self.protocol, self.fragment_offset = after, fragment_offset
+                    self.fragment_offset = fragment_offset
+                    if after not in _EXTENSIONS or after == _NO_NEXT:
+                        self.protocol = after
                     return
             elif following == _AUTHENTICATION:
                 break

@@ -304,6 +304,8 @@ def network_interval(text: str) -> tuple[int, int, int]:
 
     Raises `ValueError` for what is neither, and for a prefix with host bits set.
     """
+    if "%" in text or (not text.rpartition("/")[2].isdigit() and "/" in text):
+        raise ValueError("zones and netmasks cannot be used")
     network: IPv4Network | IPv6Network
     network = IPv6Network(text) if ":" in text else IPv4Network(text)
     low = int(network.network_address)

@@ -227,3 +227,14 @@ def test_an_mss_option_that_the_kernel_cannot_mend_is_left_alone(options: bytes)
     packet = Packet(bytearray(data))
     packet.set_tcp_mss(1000)
     assert packet.data == data
+
+
+def test_a_later_fragment_of_an_extension_header_is_one() -> None:
+    made = (
+        IPv6(src="fd00::1", dst="fd00::2", nh=44)
+        / bytes((60, 0, 0x05, 0xC8, 0, 0, 0, 1))
+        / bytes(16)
+    )
+    packet = Packet(bytearray(bytes(made)))
+    assert packet.is_later_fragment
+    assert packet.protocol is None

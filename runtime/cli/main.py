@@ -6,11 +6,12 @@ Commands are imported when they are called, so that `itmc --help` is quick.
 import importlib
 import os
 import sys
-from typing import Final
+from typing import Final, cast
 
 import click
+from click.utils import PacifyFlushWrapper
 
-from runtime.cli.exits import exit_code_of
+from runtime.cli.exits import BROKEN_PIPE, exit_code_of
 
 # Command -> its help line. The module has the command's name.
 COMMANDS: Final = {
@@ -70,10 +71,15 @@ def main() -> None:
         code = exit_code_of(error)
     except KeyboardInterrupt:
         code = 130
+    except SystemExit as leaving:
+        # Click ends like this where whoever read us has gone.
+        gone = isinstance(sys.stdout, cast(type, PacifyFlushWrapper))
+        code = BROKEN_PIPE if gone else int(leaving.code or 0)
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed from the beginning
+            sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read us has gone; there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = code or 141
+        code = code or BROKEN_PIPE
     sys.exit(code)

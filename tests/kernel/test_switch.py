@@ -114,3 +114,13 @@ def test_a_name_that_is_not_loaded_changes_nothing(host):  # noqa: F811
     with pytest.raises(UsageError):
         runtime_apply.switch(["a", "x"], on=False)
     assert last_dscp() == 1
+
+
+def test_order_holds_where_the_state_was_lost(host, tmp_path):  # noqa: F811
+    texts = [MARK.format(name=n, priority=0, dscp=d) for n, d in (("a", 1), ("b", 2))]
+    runtime_apply.apply(policy("".join(texts)))
+    (state,) = (tmp_path / "state").rglob("state.json")
+    state.unlink()
+    runtime_apply.apply(policy("".join(reversed(texts))))
+    assert [s.name for s in runtime_apply.loaded()] == ["b", "a"]
+    assert last_dscp() == 1
