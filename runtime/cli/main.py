@@ -3,13 +3,13 @@
 Commands are imported when they are called, so that `itmc --help` is quick.
 """
 
+import errno
 import importlib
 import os
 import sys
-from typing import Final, cast
+from typing import Final
 
 import click
-from click.utils import PacifyFlushWrapper
 
 from runtime.cli.exits import BROKEN_PIPE, exit_code_of
 
@@ -73,7 +73,8 @@ def main() -> None:
         code = 130
     except SystemExit as leaving:
         # Click ends like this where whoever read us has gone.
-        gone = isinstance(sys.stdout, cast(type, PacifyFlushWrapper))
+        cause = leaving.__context__
+        gone = isinstance(cause, OSError) and cause.errno == errno.EPIPE
         code = BROKEN_PIPE if gone else int(leaving.code or 0)
     try:
         if sys.stdout is not None:  # closed from the beginning
