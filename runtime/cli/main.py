@@ -3,7 +3,6 @@
 Commands are imported when they are called, so that `itmc --help` is quick.
 """
 
-import errno
 import importlib
 import os
 import sys
@@ -71,11 +70,9 @@ def main() -> None:
         code = exit_code_of(error)
     except KeyboardInterrupt:
         code = 130
-    except SystemExit as leaving:
-        # Click ends like this where whoever read us has gone.
-        cause = leaving.__context__
-        gone = isinstance(cause, OSError) and cause.errno == errno.EPIPE
-        code = BROKEN_PIPE if gone else int(leaving.code or 0)
+    except SystemExit:
+        # We end nowhere else: so do click and rich where whoever read us has gone.
+        code = BROKEN_PIPE
     try:
         if sys.stdout is not None:  # closed from the beginning
             sys.stdout.flush()
