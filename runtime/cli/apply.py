@@ -14,7 +14,8 @@ def command(file: str | None, dry_run: bool) -> None:
     """Load the policies of FILE into the kernel of this network namespace.
 
     All of it or nothing. Applying a file again replaces what it brought; flows keep
-    their counts, classes their counters.
+    their counts and classes their counters, unless a flow's key or threshold changed,
+    or policies began or ceased to share a learned set.
     """
     report(apply(compiled(file), check=dry_run), "would load" if dry_run else "loaded")
 
@@ -34,5 +35,6 @@ def report(done: Applied, verb: str) -> None:
     if done.lost:
         warn(
             f"these flow tables start again from zero: {', '.join(done.lost)}",
-            "a flow's key or threshold changed, or the flow is gone",
+            "a key or a threshold changed, the flow is gone, or policies began or ceased to "
+            "share a learned set (then class counters start again, too)",
         )

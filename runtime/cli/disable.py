@@ -2,7 +2,7 @@
 
 import click
 
-from runtime.apply import switch
+from runtime.cli.enable import report
 
 
 @click.command()
@@ -10,8 +10,6 @@ from runtime.apply import switch
 def command(names: tuple[str, ...]) -> None:
     """Take policies off their hooks; what they learned stays.
 
-    Flows, counters and learned sets are kept; applying the file keeps it as it is.
+    Flows, counters and learned sets are kept; applying the file leaves them off.
     """
-    changed = switch(names, on=False)
-    for name in dict.fromkeys(names):
-        click.echo(f"{name}: {'off now' if name in changed else 'off already'}")
+    report(names, on=False)

@@ -1,4 +1,6 @@
-"""`itmc enable`: switch policies on, without losing what they learned."""
+"""`itmc enable`: switch policies on again, with all that they learned."""
+
+from collections.abc import Sequence
 
 import click
 
@@ -10,8 +12,13 @@ from runtime.apply import switch
 def command(names: tuple[str, ...]) -> None:
     """Hang policies that are off into their hooks again.
 
-    Flows, counters and learned sets are kept; applying the file keeps it as it is.
+    Flows, counters and learned sets are as they were left.
     """
-    changed = switch(names, on=True)
+    report(names, on=True)
+
+
+def report(names: Sequence[str], *, on: bool) -> None:
+    """Switch policies and say which changed."""
+    changed, state = switch(names, on=on), "on" if on else "off"
     for name in dict.fromkeys(names):
-        click.echo(f"{name}: {'on now' if name in changed else 'on already'}")
+        click.echo(f"{name}: {state} {'now' if name in changed else 'already'}")
