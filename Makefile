@@ -3,7 +3,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 # What the Python packages and the tests need of Debian. Only what is missing is installed.
-DEBIAN := libnftables1 nftables python3-venv
+DEBIAN := libnftables1 nftables python3-venv systemd
 PYTHON ?= python3
 
 .PHONY: setup demo test nightly lint clean

@@ -11,7 +11,7 @@ from typing import Final, TypeVar
 from itmlang import ir, syntax, values
 from itmlang.actions import ACTIONS, Action
 from itmlang.actions.drop import Drop
-from itmlang.conditions import Conditions, flow_tests
+from itmlang.conditions import COMPARED, Conditions, flow_tests
 from itmlang.diagnostics import Findings, did_you_mean
 from itmlang.evaluate import Parameter, Scope, one_address, single, value_set
 from itmlang.fields import EGRESS, FIELDS, HOOKS, INGRESS, INTEREST_FIELDS, Field, hook_kind
@@ -622,8 +622,7 @@ class _Check:
             condition = None
             if change.condition is not None:
                 condition = conditions.condition(change.condition)
-            known = {name: field for name, field in FIELDS.items() if field.compared}
-            field = conditions.field(change.field, known)
+            field = conditions.field(change.field, COMPARED)
             if field is None or not conditions.met(field, change.field.span):
                 continue
             learned = conditions.learned(change.set, field)

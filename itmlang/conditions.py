@@ -19,6 +19,8 @@ from itmlang.fields import (
 from itmlang.source import Span
 from itmlang.values import Ranges, Type
 
+# What can stand in interest and conditions.
+COMPARED: Final = {name: field for name, field in FIELDS.items() if field.compared}
 _PATHS: Final = (
     ("prerouting", "input"), ("prerouting", "forward", "postrouting"), ("output", "postrouting"),
 )  # fmt: skip
@@ -157,10 +159,9 @@ class Conditions:
         flow_name, _, attribute = node.field.text.partition(".")
         if flow_name in self.flows:
             return self._flow_test(node, self.flows[flow_name], attribute)
-        known = {name: field for name, field in FIELDS.items() if field.compared}
-        field = known.get(node.field.text)
+        field = COMPARED.get(node.field.text)
         if field is None:
-            names = [*known, *(f"{f}.{a}" for f in self.flows for a in FLOW_ATTRIBUTES)]
+            names = [*COMPARED, *(f"{f}.{a}" for f in self.flows for a in FLOW_ATTRIBUTES)]
             what = "flow" if attribute in FLOW_ATTRIBUTES else "field"
             shown = flow_name if what == "flow" else node.field.text
             self.findings.error(

@@ -7,6 +7,7 @@ field is a new row; nothing else in the compiler names one.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final
 
 from itmlang import values
@@ -66,6 +67,11 @@ class Field:
     def by_family(self) -> bool:
         """Do the families spell the field differently, or has only one of them the field?"""
         return ANY_FAMILY not in self.nft
+
+    @cached_property
+    def by_protocol(self) -> bool:
+        """Is the field spelled with the name of the protocol?"""
+        return any("{proto}" in expression for expression in self.nft.values())
 
     def in_family(self, family: int) -> bool:
         """Can packets of the family have the field?"""

@@ -293,13 +293,12 @@ class Policy:
 
 def leaves(condition: Condition | None) -> Iterator[Test | Member | Bits | FlowTest | Over]:
     """The tests of a condition, from left to right; negated ones, too."""
-    match condition:
-        case None:
-            pass
-        case Not():
-            yield from leaves(condition.term)
-        case And() | Or():
-            for term in condition.terms:
-                yield from leaves(term)
-        case _:
-            yield condition
+    left = [] if condition is None else [condition]
+    while left:
+        match left.pop():
+            case And() | Or() as node:
+                left += reversed(node.terms)
+            case Not() as node:
+                left.append(node.term)
+            case leaf:
+                yield leaf

@@ -1,35 +1,19 @@
 """Files that belong together: a policy file and what it includes.
 
-Reading is passed in, so that the compiler needs no disk: a `Reader` gets the path
-as written and the file it stands in, and gives the text or says why not. An
+Reading is passed in (`source.Reader`), so that the compiler needs no disk. An
 included file comes once, before what follows its first `include`; a cycle is an
 error at the `include` that closes it.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 from itmlang import syntax
 from itmlang.diagnostics import Findings
 from itmlang.parser import parse
-from itmlang.source import Source, Span
+from itmlang.source import Reader, Source, Span, UnreadableError
 
 DEEPEST_INCLUDE: Final = 32
-
-
-class UnreadableError(Exception):
-    """A file that another one names cannot be read; the message says why."""
-
-
-# (path as written, the source it stands in, whether the policy library is searched, too)
-# -> the file; the same file gives the same object. Raises `UnreadableError`.
-Reader = Callable[[str, Source, bool], Source]
-
-
-def no_files(path: str, source: Source, library: bool) -> Source:
-    """A reader for texts that have no files around them."""
-    raise UnreadableError("there are no files here")
 
 
 @dataclass(frozen=True)

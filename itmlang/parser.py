@@ -1,8 +1,8 @@
-"""Text to syntax tree; the only module that knows lark.
+"""Text to syntax tree, and what is said where there is none.
 
 The text is first cut into its top-level items by their braces, so that a
 syntax error in one policy does not hide what is wrong in the next. Each item
-is then parsed by LALR, its tree built without recursion. Nesting is bounded
+is then parsed by LALR (see `grammar`), without recursion. Nesting is bounded
 before parsing, so that no later pass can run out of stack.
 """
 
@@ -11,19 +11,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from pathlib import Path
 from typing import Any, Final
 
-from lark import Lark, Token, Tree, UnexpectedCharacters, UnexpectedInput, v_args
+from lark import Lark, Token, UnexpectedCharacters, UnexpectedInput
 from lark.exceptions import UnexpectedToken
 from lark.lexer import PatternStr
-from lark.tree import Meta
 from lark.utils import TextSlice
-from lark.visitors import Transformer_NonRecursive
 
 from itmlang import syntax
 from itmlang.diagnostics import Findings, did_you_mean
-from itmlang.resources import resource
+from itmlang.grammar import Grammar, read
 from itmlang.source import Source, Span
 from itmlang.values import unit_help
 
@@ -190,9 +187,13 @@ def pieces(source: Source, findings: Findings) -> Iterator[Piece]:
         return
     for start, end in _items(source, findings):
         rule = "test" if _TEST.match(source.text, start) else "start"
-        tree = _tree(source, rule, start, end, findings, every_token=True)
+        try:
+            tree = _every_token(rule).parse(TextSlice(source.text, start, end))
+        except UnexpectedInput as error:
+            _report(source, error, rule, end, findings)
+            continue
         begins: list[str] = []
-        left: list[tuple[Any, str]] = [] if tree is None else [(tree, "")]
+        left: list[tuple[Any, str]] = [(tree, "")]
         while left:
             node, parent = left.pop()
             if isinstance(node, Token):
@@ -204,31 +205,19 @@ def pieces(source: Source, findings: Findings) -> Iterator[Piece]:
 
 
 def _parse(source: Source, rule: str, start: int, end: int, findings: Findings) -> Any:
-    tree = _tree(source, rule, start, end, findings)
-    return None if tree is None else _Builder(source).transform(tree)
-
-
-def _tree(
-    source: Source, rule: str, start: int, end: int, findings: Findings, every_token: bool = False
-) -> Tree[Token] | None:
     try:
-        return _grammar(rule, every_token).parse(TextSlice(source.text, start, end))
+        return _grammar(rule).parse(source, start, end, _Nodes(source))
     except UnexpectedInput as error:
         _report(source, error, rule, end, findings)
         return None
 
 
+_grammar = cache(Grammar)
+
+
 @cache
-def _grammar(rule: str, every_token: bool = False) -> Lark:
-    # One parser a start rule: a keyword of one is an ordinary name in the others.
-    return Lark(
-        Path(resource("grammar", "itm.lark")).read_text(encoding="utf-8"),
-        parser="lalr",
-        start=rule,
-        propagate_positions=True,
-        maybe_placeholders=not every_token,
-        keep_all_tokens=every_token,
-    )
+def _every_token(rule: str) -> Lark:
+    return read(rule, every_token=True)
 
 
 def _report(
@@ -297,7 +286,7 @@ def _spelling(rule: str, terminal: str) -> str:
     """How a terminal is written, or what it is."""
     if terminal in _TERMINALS:
         return _TERMINALS[terminal].strip("` {") if terminal[0] == "_" else _TERMINALS[terminal]
-    for definition in _grammar(rule).terminals:
+    for definition in _grammar(rule).lark.terminals:
         if definition.name == terminal and isinstance(definition.pattern, PatternStr):
             return definition.pattern.value
     return terminal.strip("_").lower()
@@ -331,48 +320,42 @@ def _integer(digits: str) -> int:
     return int(digits, 16) if digits[:2] in ("0x", "0X") else int(digits)
 
 
-@v_args(meta=True)
-class _Builder(Transformer_NonRecursive[Token, Any]):
-    """Lark's tree to ours. Each method is a rule of the grammar."""
+class _Nodes:
+    """The nodes of our tree. Each method is a rule of the grammar, with its span and parts."""
 
     def __init__(self, source: Source) -> None:
-        super().__init__()
         self._source = source
 
-    def _span(self, meta: Meta) -> Span:
-        return Span(self._source, meta.start_pos, meta.end_pos)
-
     def _token_span(self, token: Token) -> Span:
-        return Span(self._source, token.start_pos or 0, token.end_pos or 0)
+        start = token.start_pos or 0
+        return Span(self._source, start, start + len(token))
 
     def _name(self, token: Token) -> syntax.Name:
         return syntax.Name(self._token_span(token), str(token))
 
     # Values.
 
-    def number(self, meta: Meta, children: list[Token]) -> syntax.Number:
-        return syntax.Number(self._span(meta), _number(children[0]))
+    def number(self, span: Span, children: list[Token]) -> syntax.Number:
+        return syntax.Number(span, _number(children[0]))
 
-    def quantity(self, meta: Meta, children: list[Token]) -> syntax.Number:
-        return syntax.Number(self._span(meta), _number(children[0]), str(children[1]))
+    def quantity(self, span: Span, children: list[Token]) -> syntax.Number:
+        return syntax.Number(span, _number(children[0]), str(children[1]))
 
-    def duration(self, meta: Meta, children: list[Token]) -> syntax.Number:
+    def duration(self, span: Span, children: list[Token]) -> syntax.Number:
         digits = re.match(r"[0-9]+", children[0])
         assert digits is not None
-        return syntax.Number(
-            self._span(meta), _integer(digits.group()), children[0][digits.end() :]
-        )
+        return syntax.Number(span, _integer(digits.group()), children[0][digits.end() :])
 
-    def address(self, meta: Meta, children: list[Token]) -> syntax.Address:
-        return syntax.Address(self._span(meta), str(children[0]))
+    def address(self, span: Span, children: list[Token]) -> syntax.Address:
+        return syntax.Address(span, str(children[0]))
 
-    def string(self, meta: Meta, children: list[Token]) -> syntax.Text:
-        return syntax.Text(self._span(meta), children[0][1:-1])
+    def string(self, span: Span, children: list[Token]) -> syntax.Text:
+        return syntax.Text(span, children[0][1:-1])
 
-    def word(self, meta: Meta, children: list[Token]) -> syntax.Word:
-        return syntax.Word(self._span(meta), str(children[0]))
+    def word(self, span: Span, children: list[Token]) -> syntax.Word:
+        return syntax.Word(span, str(children[0]))
 
-    def set_name(self, meta: Meta, children: list[Token]) -> syntax.SetName:
+    def set_name(self, span: Span, children: list[Token]) -> syntax.SetName:
         return self._set_name(children[0])
 
     def _set_name(self, token: Token) -> syntax.SetName:
@@ -381,215 +364,208 @@ class _Builder(Transformer_NonRecursive[Token, Any]):
     def _text(self, token: Token) -> syntax.Text:
         return syntax.Text(self._token_span(token), token[1:-1])
 
-    def added(self, meta: Meta, children: list[syntax.Value]) -> syntax.Sum:
-        return syntax.Sum(self._span(meta), tuple(children))
+    def added(self, span: Span, children: list[syntax.Value]) -> syntax.Sum:
+        return syntax.Sum(span, tuple(children))
 
-    def range(self, meta: Meta, children: list[Any]) -> syntax.Interval:
-        return syntax.Interval(self._span(meta), children[0], children[2])
+    def range(self, span: Span, children: list[Any]) -> syntax.Interval:
+        return syntax.Interval(span, children[0], children[2])
 
-    def list_of(self, meta: Meta, children: list[syntax.Value | None]) -> syntax.Listing:
-        return syntax.Listing(self._span(meta), tuple(c for c in children if c is not None))
+    def list_of(self, span: Span, children: list[syntax.Value | None]) -> syntax.Listing:
+        return syntax.Listing(span, tuple(c for c in children if c is not None))
 
     # Conditions.
 
-    def field(self, meta: Meta, children: list[Token]) -> syntax.FieldName:
-        return syntax.FieldName(self._span(meta), ".".join(children))
+    def field(self, span: Span, children: list[Token]) -> syntax.FieldName:
+        return syntax.FieldName(span, ".".join(children))
 
-    def comparison(self, meta: Meta, children: list[Any]) -> syntax.Comparison:
+    def comparison(self, span: Span, children: list[Any]) -> syntax.Comparison:
         field, operator, value = children
-        return syntax.Comparison(self._span(meta), field, str(operator), value)
+        return syntax.Comparison(span, field, str(operator), value)
 
-    def asserted(self, meta: Meta, children: list[syntax.FieldName]) -> syntax.Asserted:
-        return syntax.Asserted(self._span(meta), children[0])
+    def asserted(self, span: Span, children: list[syntax.FieldName]) -> syntax.Asserted:
+        return syntax.Asserted(span, children[0])
 
-    def group(self, meta: Meta, children: list[syntax.Condition]) -> syntax.Condition:
+    def group(self, span: Span, children: list[syntax.Condition]) -> syntax.Condition:
         return children[0]
 
-    def negated(self, meta: Meta, children: list[Any]) -> syntax.Condition:
+    def negated(self, span: Span, children: list[Any]) -> syntax.Condition:
         term: syntax.Condition = children[1]
         # `not not x` is x: written a million times, it must not nest.
-        return (
-            term.term
-            if isinstance(term, syntax.Negation)
-            else syntax.Negation(self._span(meta), term)
-        )
+        return term.term if isinstance(term, syntax.Negation) else syntax.Negation(span, term)
 
-    def all_of(self, meta: Meta, children: list[syntax.Condition]) -> syntax.AllOf:
-        return syntax.AllOf(self._span(meta), tuple(children))
+    def all_of(self, span: Span, children: list[syntax.Condition]) -> syntax.AllOf:
+        return syntax.AllOf(span, tuple(children))
 
-    def any_of(self, meta: Meta, children: list[syntax.Condition]) -> syntax.AnyOf:
-        return syntax.AnyOf(self._span(meta), tuple(children))
+    def any_of(self, span: Span, children: list[syntax.Condition]) -> syntax.AnyOf:
+        return syntax.AnyOf(span, tuple(children))
 
     # Statements.
 
-    def name(self, meta: Meta, children: list[Token]) -> syntax.Name:
+    def name(self, span: Span, children: list[Token]) -> syntax.Name:
         return self._name(children[0])
 
-    def hook(self, meta: Meta, children: list[Token]) -> syntax.Name:
-        return syntax.Name(self._span(meta), " ".join(c for c in children if c is not None))
+    def hook(self, span: Span, children: list[Token]) -> syntax.Name:
+        return syntax.Name(span, " ".join(c for c in children if c is not None))
 
-    def at(self, meta: Meta, children: list[syntax.Name]) -> syntax.At:
-        return syntax.At(self._span(meta), tuple(children))
+    def at(self, span: Span, children: list[syntax.Name]) -> syntax.At:
+        return syntax.At(span, tuple(children))
 
-    def priority(self, meta: Meta, children: list[Any]) -> syntax.Priority:
-        return syntax.Priority(self._span(meta), children[1], children[0] is not None)
+    def priority(self, span: Span, children: list[Any]) -> syntax.Priority:
+        return syntax.Priority(span, children[1], children[0] is not None)
 
-    def interest_line(self, meta: Meta, children: list[Any]) -> syntax.InterestLine:
+    def interest_line(self, span: Span, children: list[Any]) -> syntax.InterestLine:
         excluded, field, value = children
-        return syntax.InterestLine(self._span(meta), excluded is not None, field, value)
+        return syntax.InterestLine(span, excluded is not None, field, value)
 
-    def interest(self, meta: Meta, children: list[syntax.InterestLine]) -> syntax.Interest:
-        return syntax.Interest(self._span(meta), tuple(children))
+    def interest(self, span: Span, children: list[syntax.InterestLine]) -> syntax.Interest:
+        return syntax.Interest(span, tuple(children))
 
-    def size_option(self, meta: Meta, children: list[Any]) -> syntax.SizeOption:
-        return syntax.SizeOption(self._span(meta), str(children[0]), children[1])
+    def size_option(self, span: Span, children: list[Any]) -> syntax.SizeOption:
+        return syntax.SizeOption(span, str(children[0]), children[1])
 
-    def flow(self, meta: Meta, children: list[Any]) -> syntax.Flow:
+    def flow(self, span: Span, children: list[Any]) -> syntax.Flow:
         key = tuple(c for c in children if isinstance(c, syntax.FieldName))
         options = tuple(c for c in children if isinstance(c, syntax.SizeOption))
-        return syntax.Flow(self._span(meta), children[0], key, options)
+        return syntax.Flow(span, children[0], key, options)
 
-    def class_rule(self, meta: Meta, children: list[Any]) -> syntax.ClassRule:
-        return syntax.ClassRule(self._span(meta), *children)
+    def class_rule(self, span: Span, children: list[Any]) -> syntax.ClassRule:
+        return syntax.ClassRule(span, *children)
 
-    def classify(self, meta: Meta, children: list[syntax.ClassRule]) -> syntax.Classify:
-        return syntax.Classify(self._span(meta), tuple(children))
+    def classify(self, span: Span, children: list[syntax.ClassRule]) -> syntax.Classify:
+        return syntax.Classify(span, tuple(children))
 
-    def count(self, meta: Meta, children: list[syntax.Name]) -> syntax.Count:
-        return syntax.Count(self._span(meta), children[0])
+    def count(self, span: Span, children: list[syntax.Name]) -> syntax.Count:
+        return syntax.Count(span, children[0])
 
-    def sample(self, meta: Meta, children: list[Any]) -> syntax.Sample:
+    def sample(self, span: Span, children: list[Any]) -> syntax.Sample:
         one, _, many, group = children
-        return syntax.Sample(self._span(meta), one, many, group)
+        return syntax.Sample(span, one, many, group)
 
-    def record(self, meta: Meta, children: list[Any]) -> syntax.Record:
+    def record(self, span: Span, children: list[Any]) -> syntax.Record:
         prefix, rate = children
-        return syntax.Record(self._span(meta), self._text(prefix), rate)
+        return syntax.Record(span, self._text(prefix), rate)
 
-    def log(self, meta: Meta, children: list[Any]) -> syntax.Log:
-        return syntax.Log(self._span(meta), tuple(children))
+    def log(self, span: Span, children: list[Any]) -> syntax.Log:
+        return syntax.Log(span, tuple(children))
 
-    def action(self, meta: Meta, children: list[Any]) -> syntax.Action:
+    def action(self, span: Span, children: list[Any]) -> syntax.Action:
         verb, field, value = children
-        return syntax.Action(self._span(meta), (str(verb), field.text), value)
+        return syntax.Action(span, (str(verb), field.text), value)
 
-    def verdict(self, meta: Meta, children: list[Token]) -> syntax.Action:
-        return syntax.Action(self._span(meta), (str(children[0]),), None)
+    def verdict(self, span: Span, children: list[Token]) -> syntax.Action:
+        return syntax.Action(span, (str(children[0]),), None)
 
-    def otherwise(self, meta: Meta, children: list[Any]) -> tuple[Any, ...]:
+    def otherwise(self, span: Span, children: list[Any]) -> tuple[Any, ...]:
         return tuple(children)
 
-    def limit(self, meta: Meta, children: list[Any]) -> syntax.Limit:
+    def limit(self, span: Span, children: list[Any]) -> syntax.Limit:
         rate, burst, flow, otherwise = children
-        return syntax.Limit(self._span(meta), rate, burst, flow, otherwise)
+        return syntax.Limit(span, rate, burst, flow, otherwise)
 
-    def addition(self, meta: Meta, children: list[Any]) -> syntax.Addition:
+    def addition(self, span: Span, children: list[Any]) -> syntax.Addition:
         field, name, duration, condition = children
-        return syntax.Addition(self._span(meta), field, self._set_name(name), duration, condition)
+        return syntax.Addition(span, field, self._set_name(name), duration, condition)
 
-    def removal(self, meta: Meta, children: list[Any]) -> syntax.Removal:
+    def removal(self, span: Span, children: list[Any]) -> syntax.Removal:
         field, name, condition = children
-        return syntax.Removal(self._span(meta), field, self._set_name(name), condition)
+        return syntax.Removal(span, field, self._set_name(name), condition)
 
-    def update(self, meta: Meta, children: list[Any]) -> syntax.Update:
-        return syntax.Update(self._span(meta), tuple(children))
+    def update(self, span: Span, children: list[Any]) -> syntax.Update:
+        return syntax.Update(span, tuple(children))
 
-    def class_block(self, meta: Meta, children: list[Any]) -> syntax.ClassBlock:
-        return syntax.ClassBlock(self._span(meta), children[0], tuple(children[1:]))
+    def class_block(self, span: Span, children: list[Any]) -> syntax.ClassBlock:
+        return syntax.ClassBlock(span, children[0], tuple(children[1:]))
 
-    def process(self, meta: Meta, children: list[syntax.ClassBlock]) -> syntax.Process:
-        return syntax.Process(self._span(meta), tuple(children))
+    def process(self, span: Span, children: list[syntax.ClassBlock]) -> syntax.Process:
+        return syntax.Process(span, tuple(children))
 
-    def run(self, meta: Meta, children: list[Token]) -> syntax.Run:
-        return syntax.Run(self._span(meta), self._name(children[0]))
+    def run(self, span: Span, children: list[Token]) -> syntax.Run:
+        return syntax.Run(span, self._name(children[0]))
 
-    def fail(self, meta: Meta, children: list[Token]) -> syntax.Fail:
-        return syntax.Fail(self._span(meta), self._name(children[0]))
+    def fail(self, span: Span, children: list[Token]) -> syntax.Fail:
+        return syntax.Fail(span, self._name(children[0]))
 
-    def parameter(self, meta: Meta, children: list[Any]) -> syntax.Parameter:
-        return syntax.Parameter(self._span(meta), *children)
+    def parameter(self, span: Span, children: list[Any]) -> syntax.Parameter:
+        return syntax.Parameter(span, *children)
 
-    def parameters(self, meta: Meta, children: list[Any]) -> tuple[syntax.Parameter, ...]:
+    def parameters(self, span: Span, children: list[Any]) -> tuple[syntax.Parameter, ...]:
         return tuple(c for c in children if c is not None)
 
-    def policy(self, meta: Meta, children: list[Any]) -> syntax.Policy:
+    def policy(self, span: Span, children: list[Any]) -> syntax.Policy:
         name, parameters, *statements = children
-        return syntax.Policy(self._span(meta), name, parameters or (), tuple(statements))
+        return syntax.Policy(span, name, parameters or (), tuple(statements))
 
     # Files.
 
-    def start(self, meta: Meta, children: list[syntax.Item]) -> tuple[syntax.Item, ...]:
+    def start(self, span: Span, children: list[syntax.Item]) -> tuple[syntax.Item, ...]:
         return tuple(children)
 
-    def include(self, meta: Meta, children: list[Token]) -> syntax.Include:
-        return syntax.Include(self._span(meta), self._text(children[0]))
+    def include(self, span: Span, children: list[Token]) -> syntax.Include:
+        return syntax.Include(span, self._text(children[0]))
 
-    def set_values(self, meta: Meta, children: list[Any]) -> tuple[Any, bool]:
+    def set_values(self, span: Span, children: list[Any]) -> tuple[Any, bool]:
         return children[0], False
 
-    def set_file(self, meta: Meta, children: list[Token]) -> tuple[Any, bool]:
+    def set_file(self, span: Span, children: list[Token]) -> tuple[Any, bool]:
         return self._text(children[0]), True
 
-    def set_learned(self, meta: Meta, children: list[Any]) -> tuple[Any, bool]:
+    def set_learned(self, span: Span, children: list[Any]) -> tuple[Any, bool]:
         return tuple(children), False
 
-    def set_declaration(self, meta: Meta, children: list[Any]) -> syntax.SetDeclaration:
+    def set_declaration(self, span: Span, children: list[Any]) -> syntax.SetDeclaration:
         _, name, type, (content, from_file) = children
-        return syntax.SetDeclaration(self._span(meta), name, type, content, from_file)
+        return syntax.SetDeclaration(span, name, type, content, from_file)
 
-    def argument(self, meta: Meta, children: list[Any]) -> syntax.Argument:
-        return syntax.Argument(self._span(meta), *children)
+    def argument(self, span: Span, children: list[Any]) -> syntax.Argument:
+        return syntax.Argument(span, *children)
 
-    def arguments(self, meta: Meta, children: list[Any]) -> tuple[syntax.Argument, ...]:
+    def arguments(self, span: Span, children: list[Any]) -> tuple[syntax.Argument, ...]:
         return tuple(c for c in children if c is not None)
 
-    def use_block(self, meta: Meta, children: list[Any]) -> tuple[Any, ...]:
+    def use_block(self, span: Span, children: list[Any]) -> tuple[Any, ...]:
         return tuple(children)
 
-    def use(self, meta: Meta, children: list[Any]) -> syntax.Use:
+    def use(self, span: Span, children: list[Any]) -> syntax.Use:
         policy, arguments, instance, statements = children
-        return syntax.Use(self._span(meta), policy, arguments or (), instance, statements or ())
+        return syntax.Use(span, policy, arguments or (), instance, statements or ())
 
     # Packets and tests.
 
-    def endpoint(self, meta: Meta, children: list[Token | None]) -> syntax.Endpoint:
+    def endpoint(self, span: Span, children: list[Token | None]) -> syntax.Endpoint:
         address = children[0]
         assert address is not None
         port = children[1]
         return syntax.Endpoint(
-            self._span(meta),
+            span,
             syntax.Address(self._token_span(address), str(address)),
             None if port is None else syntax.Number(self._token_span(port), _integer(port)),
         )
 
-    def packet_key(self, meta: Meta, children: list[Token]) -> str:
+    def packet_key(self, span: Span, children: list[Token]) -> str:
         return str(children[0])
 
-    def packet_option(self, meta: Meta, children: list[Any]) -> syntax.PacketOption:
+    def packet_option(self, span: Span, children: list[Any]) -> syntax.PacketOption:
         name, *given = children
-        value = given[0] if len(given) == 1 else syntax.Listing(self._span(meta), tuple(given))
-        return syntax.PacketOption(self._span(meta), name, value)
+        value = given[0] if len(given) == 1 else syntax.Listing(span, tuple(given))
+        return syntax.PacketOption(span, name, value)
 
-    def packet(self, meta: Meta, children: list[Any]) -> syntax.PacketText:
+    def packet(self, span: Span, children: list[Any]) -> syntax.PacketText:
         protocol, source, destination, *options = children
-        return syntax.PacketText(
-            self._span(meta), self._name(protocol), source, destination, tuple(options)
-        )
+        return syntax.PacketText(span, self._name(protocol), source, destination, tuple(options))
 
-    def expect_class(self, meta: Meta, children: list[Any]) -> syntax.Expectation:
+    def expect_class(self, span: Span, children: list[Any]) -> syntax.Expectation:
         first, second = children
         policy, name = (first, second) if second is not None else (None, first)
-        return syntax.Expectation(self._span(meta), "class", policy, name)
+        return syntax.Expectation(span, "class", policy, name)
 
-    def expect_verdict(self, meta: Meta, children: list[Token]) -> syntax.Expectation:
-        return syntax.Expectation(self._span(meta), str(children[0]))
+    def expect_verdict(self, span: Span, children: list[Token]) -> syntax.Expectation:
+        return syntax.Expectation(span, str(children[0]))
 
-    def expect_field(self, meta: Meta, children: list[Any]) -> syntax.Expectation:
-        return syntax.Expectation(self._span(meta), children[0], value=children[1])
+    def expect_field(self, span: Span, children: list[Any]) -> syntax.Expectation:
+        return syntax.Expectation(span, children[0], value=children[1])
 
-    def send(self, meta: Meta, children: list[Any]) -> syntax.Send:
+    def send(self, span: Span, children: list[Any]) -> syntax.Send:
         number, packet, *expectations = children
-        span = self._span(meta)
         count = (
             syntax.Number(span, 1)
             if number is None
@@ -597,16 +573,16 @@ class _Builder(Transformer_NonRecursive[Token, Any]):
         )
         return syntax.Send(span, count, packet, tuple(expectations))
 
-    def test_policy(self, meta: Meta, children: list[Any]) -> syntax.TestPolicy:
+    def test_policy(self, span: Span, children: list[Any]) -> syntax.TestPolicy:
         name, arguments = children
-        return syntax.TestPolicy(self._span(meta), name, arguments or ())
+        return syntax.TestPolicy(span, name, arguments or ())
 
-    def path(self, meta: Meta, children: list[Token]) -> syntax.Path:
-        return syntax.Path(self._span(meta), self._name(children[0]))
+    def path(self, span: Span, children: list[Token]) -> syntax.Path:
+        return syntax.Path(span, self._name(children[0]))
 
-    def wait(self, meta: Meta, children: list[syntax.Value]) -> syntax.Wait:
-        return syntax.Wait(self._span(meta), children[0])
+    def wait(self, span: Span, children: list[syntax.Value]) -> syntax.Wait:
+        return syntax.Wait(span, children[0])
 
-    def test(self, meta: Meta, children: list[Any]) -> syntax.Test:
+    def test(self, span: Span, children: list[Any]) -> syntax.Test:
         name, *lines = children
-        return syntax.Test(self._span(meta), self._text(name), tuple(lines))
+        return syntax.Test(span, self._text(name), tuple(lines))

@@ -12,6 +12,10 @@ _PERIODS: Final = (
     (86_400, 1, "second"), (1_440, 60, "minute"), (24, 3_600, "hour"), (1, 86_400, "day"),
 )  # fmt: skip
 _NANOSECONDS: Final = 10**9
+# The kernel compares what is left with what a packet costs as signed 64-bit numbers: of
+# more tokens than that, every packet finds too few.
+_MOST_TOKENS: Final = 2**63
+_LARGEST_PACKET: Final = 2**19  # bytes, with all offloads (GSO_MAX_SIZE)
 
 
 def period(rate: int, in_bytes: bool) -> tuple[int, int, str]:
@@ -35,8 +39,20 @@ def fits(amount: int, seconds: int, burst: int, in_bytes: bool) -> bool:
     if not amount > 0 or burst >= 2**32:
         return False
     if in_bytes:
-        return length * (amount + burst) < 2**64
-    return amount <= length and length // amount * burst < 2**64
+        most = length * (amount + burst)
+        return most < 2**64 and most // amount < _MOST_TOKENS
+    return amount <= length and length // amount * burst < _MOST_TOKENS
+
+
+def slowest(burst: int, in_bytes: bool) -> str:
+    """nftables' name of the longest period in which a bucket of `burst` may refill by one.
+
+    The slower it refills, the more exactly it counts. At least one packet (or as many
+    bytes as the largest has), fewer than 2**33.
+    """
+    most = max(burst, _LARGEST_PACKET) if in_bytes else burst
+    slow = (("week", 604_800), *((name, seconds) for _, seconds, name in reversed(_PERIODS)))
+    return next(name for name, seconds in slow if most * seconds * _NANOSECONDS < _MOST_TOKENS)
 
 
 def advice(amount: int, seconds: int, burst: int, in_bytes: bool) -> str:

@@ -7,15 +7,16 @@ template, and each `use` makes an instance of either.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Final
 
 from itmlang import ir, syntax, values
 from itmlang.diagnostics import Findings, did_you_mean
 from itmlang.evaluate import Scope, single, value_set
 from itmlang.fields import FIELDS
-from itmlang.modules import Module, Reader, UnreadableError
-from itmlang.source import Source, Span
+from itmlang.modules import Module
+from itmlang.parser import parse
+from itmlang.source import Reader, Source, Span, UnreadableError
 from itmlang.values import Addresses, Type, ValueSet
 
 # nft allows 255 characters; with the prefixes of generated names this is plenty.
@@ -32,6 +33,10 @@ _ELEMENT: Final = re.compile(
     r'(?P<address>[0-9a-fA-F.:/]*[.:][0-9a-fA-F.:/]*)|(?P<number>0x[0-9a-fA-F]+|[0-9]+)'
     r"|(?P<word>[A-Za-z_][\w-]*)"
 )  # fmt: skip
+
+
+# Values of parameters as text, by policy and parameter.
+Given = Mapping[str, Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,13 @@ class Program:
     tests: tuple[syntax.Test, ...]  # of the file itself
 
 
-def resolve(modules: Sequence[Module], read: Reader, findings: Findings) -> Program:
-    """The declarations of the modules, the last of which is the file itself."""
+def resolve(
+    modules: Sequence[Module], read: Reader, findings: Findings, given: Given | None = None
+) -> Program:
+    """The declarations of the modules, the last of which is the file itself.
+
+    `given` are values of parameters that take the place of those in the file.
+    """
     parsed = not findings.failed
     sets: dict[str, ir.AnySet] = {}
     for module in modules:
@@ -79,6 +89,9 @@ def resolve(modules: Sequence[Module], read: Reader, findings: Findings) -> Prog
         _unused_sets(modules, findings)
     tests = tuple(item for item in main.items if isinstance(item, syntax.Test))
     instances = _instances(modules, policies, findings)
+    instances = tuple(
+        _given(one, (given or {}).get(one.name.text, {}), findings) for one in instances
+    )
     _check_there_is_something(main, instances, policies, findings)
     used = {instance.policy.name.text for instance in instances}
     templates = tuple(
@@ -98,9 +111,10 @@ def _twice(what: str, name: syntax.Name, first: Span, findings: Findings, help: 
 
 def _unused_sets(modules: Sequence[Module], findings: Findings) -> None:
     """Warn about sets of the file itself that nothing names."""
-    named = {name for module in modules for name in _set_names(module.file.items)}
-    for item in modules[-1].file.items:
-        if isinstance(item, syntax.SetDeclaration) and item.name.text not in named:
+    declared = [i for i in modules[-1].file.items if isinstance(i, syntax.SetDeclaration)]
+    named = _set_names([module.file.items for module in modules]) if declared else set()
+    for item in declared:
+        if item.name.text not in named:
             findings.warning(
                 "W011", f"the set `@{item.name.text}` is never used", item.name.span,
                 help=f"ask for it, as in `{_example(item)}`, or leave it out",
@@ -112,16 +126,18 @@ def _example(node: syntax.SetDeclaration) -> str:
     return f"{fields.get(node.type.text, node.type.text)} in @{node.name.text}"
 
 
-def _set_names(tree: object) -> Iterator[str]:
-    """The sets that are named anywhere in a tree."""
-    if isinstance(tree, syntax.SetName):
-        yield tree.text
-    elif isinstance(tree, tuple):
-        for part in tree:
-            yield from _set_names(part)
-    elif is_dataclass(tree) and not isinstance(tree, Span):
-        for part in vars(tree).values():
-            yield from _set_names(part)
+def _set_names(parts: list[object]) -> set[str]:
+    """The sets that are named anywhere in these parts of trees."""
+    named, left = set(), list(parts)
+    while left:
+        part = left.pop()
+        if isinstance(part, syntax.SetName):
+            named.add(part.text)
+        elif isinstance(part, tuple):
+            left += part
+        elif not isinstance(part, Span | str | int) and is_dataclass(part):
+            left += vars(part).values()
+    return named
 
 
 def check_name(name: syntax.Name, findings: Findings) -> None:
@@ -178,6 +194,26 @@ def _instances(
                 help=f"give it a default, or `use {item.name.text}({lacking.name.text} = …) as …`",
             )
     return tuple(made.values())
+
+
+def _given(instance: Instance, given: Mapping[str, str], findings: Findings) -> Instance:
+    """The instance with parameters that were given a value from outside of the file."""
+    if not given:
+        return instance
+    # Read as it would be written.
+    told = ", ".join(f"{name} = {text}" for name, text in sorted(given.items()))
+    source = Source("given", f"use {instance.policy.name.text}({told})")
+    items = parse(source, findings).items
+    match items:
+        case (syntax.Use(instance=None, statements=()) as use,) if len(use.arguments) == len(given):
+            found = {
+                name: use_value.value
+                for name, use_value in zip(sorted(given), use.arguments, strict=True)
+            }
+            return replace(instance, arguments={**instance.arguments, **found})
+        case _ if not findings.failed:
+            findings.error("E001", "this is not one value", Span(source, 0, len(source.text)))
+    return instance
 
 
 def _use(

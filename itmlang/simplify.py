@@ -12,6 +12,7 @@ where every packet has the field may the set be complemented.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Final
 
 from itmlang import ir, values
@@ -29,6 +30,8 @@ MOST_DRAWN: Final = 10**6 - 1
 MOST_DRAWS: Final = 16
 
 ANY_PROTOCOL: Final = Ranges(255, ((0, 255),))
+# Fields of which not every value can occur, by what is known of the packets.
+_NARROWED: Final = frozenset(FIELDS[n] for n in ("protocol", "fragment", "random", "family"))
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,14 @@ class Facts:
         if field is FIELDS["protocol"]:
             return self.protocol_known or self.families == (IPV4,)
         return field.whole and field.protocols is None
+
+    def rule_out(self, field: Field) -> bool:
+        """Does no packet have the field, by its family or its protocol?"""
+        if not any(field.in_family(family) for family in self.families):
+            return True
+        if field.protocols is None:
+            return False
+        return self.fragments or not any(p in self.protocols for p in field.protocols)
 
 
 @dataclass(frozen=True)
@@ -126,7 +137,10 @@ def simplify(policy: ir.Policy, findings: Findings) -> Simplified:
     if not learns and not any(asks_transport(condition) for condition in conditions):
         return Simplified(policy, whole, None)
     # What was said of the policy as a whole needs no repeating.
-    whole = _variant(policy, Facts(policy.hooks, diverted=True), Findings())
+    if any(_asks_fragment(condition) for condition in policy.conditions):
+        whole = _variant(policy, Facts(policy.hooks, diverted=True), Findings())
+    else:
+        whole = replace(whole, facts=replace(whole.facts, diverted=True))
     fragments = _variant(policy, Facts(policy.hooks, fragments=True), Findings())
     return Simplified(policy, whole, fragments)
 
@@ -154,6 +168,13 @@ def _asks_tracking(policy: ir.Policy, variant: Variant) -> bool:
         else leaf.field.tracked
         for leaf in leaves
     ) or any(field.tracked for flow in flows for field in flow.key)
+
+
+def _asks_fragment(condition: ir.Condition) -> bool:
+    return any(
+        isinstance(leaf, ir.Test) and leaf.field is FIELDS["fragment"]
+        for leaf in ir.leaves(condition)
+    )
 
 
 def asks_transport(condition: ir.Condition) -> bool:
@@ -275,7 +296,7 @@ def _facts(interest: ir.Condition, facts: Facts) -> Facts:
             case _:
                 pass
         if term.field.protocols is not None:
-            protocols, known = protocols.intersection(_protocols_of(term.field)), True
+            protocols, known = protocols.intersection(protocols_of(term.field)), True
     return replace(
         facts,
         families=tuple(f for f in FAMILIES if f in families),
@@ -285,7 +306,8 @@ def _facts(interest: ir.Condition, facts: Facts) -> Facts:
     )
 
 
-def _protocols_of(field: Field) -> Ranges:
+@cache
+def protocols_of(field: Field) -> Ranges:
     """The protocols whose packets can have the field."""
     if field.protocols is None:
         return ANY_PROTOCOL
@@ -304,15 +326,17 @@ def _rules(
             kept.append(rule)
             break  # what follows was warned about by the checker
         condition = simplifier.condition(rule.condition)
-        earlier = seen.get(_shape(condition)) or next(
-            (k for k in compared if k.condition and _implies(condition, k.condition)), None
-        )
         if is_false(condition):
             findings.warning(
                 "W004", f"no packet can be `{rule.name}` here", rule.span,
                 help="its condition contradicts itself, the interest, or what is counted",
             )  # fmt: skip
-        elif earlier is not None:
+            continue
+        shape = _shape(condition)
+        earlier = seen.get(shape) or next(
+            (k for k in compared if k.condition and _implies(condition, k.condition)), None
+        )
+        if earlier is not None:
             findings.warning(
                 "W001",
                 f"`{rule.name}` is never reached: `{earlier.name}` takes its packets",
@@ -324,7 +348,7 @@ def _rules(
             break
         else:
             kept.append(replace(rule, condition=condition))
-            seen[_shape(condition)] = kept[-1]
+            seen[shape] = kept[-1]
     return tuple(kept)
 
 
@@ -363,10 +387,7 @@ def _implies(a: ir.Condition, b: ir.Condition) -> bool:
                 return False
             if a.named is not None or b.named is not None:  # these may be large
                 return a.values == b.values
-            try:
-                return values.intersection(a.values, b.values) == a.values
-            except InexpressibleError:
-                return False
+            return values.within(a.values, b.values)
         case ir.Over(), ir.Over():
             same = (a.flow.name, a.attribute) == (b.flow.name, b.attribute)
             return same and a.threshold >= b.threshold
@@ -378,10 +399,15 @@ class _Simplifier:
     def __init__(self, policy: ir.Policy, facts: Facts) -> None:
         self.facts = facts
         self.counted = {count.flow.name for count in policy.counts}
+        self.ruled_out = cache(facts.rule_out)
+        self._always_has = cache(facts.always_has)
 
     def condition(self, condition: ir.Condition) -> ir.Condition:
         """The simple form of the condition."""
-        return self._assume_keys(self._normal(condition, False), frozenset())
+        normal = self._normal(condition, False)
+        if any(isinstance(leaf, ir.Over) for leaf in ir.leaves(normal)):
+            return self._assume_keys(normal, frozenset())
+        return normal
 
     def _normal(self, condition: ir.Condition, negate: bool) -> ir.Condition:
         """The normal form of the condition, or of its negation."""
@@ -411,30 +437,24 @@ class _Simplifier:
     def _constant(value: bool, span: Span) -> ir.Condition:
         return TRUE(span) if value else FALSE(span)
 
-    def ruled_out(self, field: Field) -> bool:
-        """Does no packet have the field, by its family or its protocol?"""
-        if not any(field.in_family(family) for family in self.facts.families):
-            return True
-        if field.protocols is None:
-            return False
-        return self.facts.fragments or not any(p in self.facts.protocols for p in field.protocols)
-
     def _test(self, test: ir.Test, negate: bool) -> ir.Condition:
         if test.field is FIELDS["fragment"] and not (self.facts.fragments or self.facts.diverted):
             return ir.Not(test, test.span) if negate else test  # only asked whether it is asked
         found, full = self._possible(test)
         if found.empty or self.ruled_out(test.field):
             return self._constant(negate, test.span)
-        always = self.facts.always_has(test.field)
+        always = self._always_has(test.field)
         if full and always:
             return self._constant(not negate, test.span)
         if negate and always:
             return self._test(replace(test, values=values.complement(test.values)), False)
-        simple = replace(test, values=found)
+        simple = test if found is test.values else replace(test, values=found)
         return ir.Not(simple, test.span) if negate else simple
 
     def _possible(self, test: ir.Test) -> tuple[ValueSet, bool]:
         """The values that can occur, and whether that is every value that can."""
+        if test.field not in _NARROWED and self.facts.families == FAMILIES:
+            return test.values, test.values.full
         match test.values:
             case Addresses():
                 none = Addresses()
@@ -471,7 +491,7 @@ class _Simplifier:
         here = [
             ir.Test(f, f.type.everything, test.span)
             for f in test.flow.key
-            if not self.facts.always_has(f) and f.name not in covered
+            if not self._always_has(f) and f.name not in covered
         ]
         if test.flow.name not in self.counted:  # always 0
             zero = 0 in test.values
@@ -489,8 +509,10 @@ class _Simplifier:
 
     def _and(self, terms: Sequence[ir.Condition], span: Span) -> ir.Condition:
         flat = [leaf for term in terms for leaf in conjuncts(term)]
+        if any(is_false(leaf) for leaf in flat):
+            return FALSE(span)
         merged = _merge(flat, values.intersection, max, min)
-        if any(is_false(t) or self._empty(t) for t in merged) or _contradicts(merged):
+        if any(self._empty(t) for t in merged) or _contradicts(merged):
             return FALSE(span)
         if self._protocols(merged).empty:
             return FALSE(span)
@@ -512,11 +534,11 @@ class _Simplifier:
             match term:
                 case ir.Test(values=Ranges() as found) if term.field is FIELDS["protocol"]:
                     possible = possible.intersection(found)
-                case ir.Test() | ir.Bits() | ir.Member():
-                    possible = possible.intersection(_protocols_of(term.field))
+                case ir.Test() | ir.Bits() | ir.Member() if term.field.protocols is not None:
+                    possible = possible.intersection(protocols_of(term.field))
                 case ir.Over():
                     for field in term.flow.key:
-                        possible = possible.intersection(_protocols_of(field))
+                        possible = possible.intersection(protocols_of(field))
         return possible
 
     def _empty(self, term: ir.Condition) -> bool:
@@ -593,7 +615,7 @@ def _merge(
     return list(merged.values())
 
 
-def _contradicts(terms: Iterable[ir.Condition]) -> bool:
+def _contradicts(terms: Sequence[ir.Condition]) -> bool:
     """Is there a term beside its own negation?"""
-    shapes = {_shape(t) for t in terms}
-    return any(("not", shape) in shapes for shape in shapes)
+    negated = {_shape(t.term) for t in terms if isinstance(t, ir.Not)}
+    return bool(negated) and any(_shape(t) in negated for t in terms)

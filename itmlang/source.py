@@ -2,10 +2,12 @@
 
 A `Source` is one policy file as it was read; a `Span` is a piece of one.
 Every later stage carries spans, so that any finding, the kernel's included,
-can be shown at the policy's own line.
+can be shown at the policy's own line. A `Reader` gets the path of another file as
+a source names it, and gives that source or says why not.
 """
 
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -69,3 +71,17 @@ class Span:
 
     def __str__(self) -> str:
         return f"{self.source.name}:{self.line}"
+
+
+class UnreadableError(Exception):
+    """A file that another one names cannot be read; the message says why."""
+
+
+# (path as written, the source it stands in, whether the policy library is searched, too)
+# -> the file; the same file gives the same object. Raises `UnreadableError`.
+Reader = Callable[[str, Source, bool], Source]
+
+
+def no_files(path: str, source: Source, library: bool) -> Source:
+    """A reader for texts that have no files around them."""
+    raise UnreadableError("there are no files here")

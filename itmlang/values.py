@@ -32,9 +32,12 @@ class Ranges:
     @classmethod
     def of(cls, limit: int, intervals: Iterable[tuple[int, int]]) -> Self:
         """The set of the given inclusive intervals; what lies outside 0..limit is cut off."""
+        clipped = [(max(lo, 0), min(hi, limit)) for lo, hi in intervals]
+        pairs = sorted([pair for pair in clipped if pair[0] <= pair[1]])
+        if len(pairs) < 2:
+            return cls(limit, tuple(pairs))
         merged: list[tuple[int, int]] = []
-        clipped = ((max(lo, 0), min(hi, limit)) for lo, hi in intervals)
-        for lo, hi in sorted(pair for pair in clipped if pair[0] <= pair[1]):
+        for lo, hi in pairs:
             if merged and lo <= merged[-1][1] + 1:
                 merged[-1] = (merged[-1][0], max(hi, merged[-1][1]))
             else:
@@ -52,6 +55,14 @@ class Ranges:
     def __contains__(self, value: int) -> bool:
         index = bisect_right(self.spans, value, key=itemgetter(0)) - 1
         return index >= 0 and value <= self.spans[index][1]
+
+    def within(self, other: "Ranges") -> bool:
+        """Are all values in the other set, too?"""
+        for lo, hi in self.spans:
+            index = bisect_right(other.spans, lo, key=itemgetter(0)) - 1
+            if index < 0 or hi > other.spans[index][1]:
+                return False
+        return True
 
     def union(self, other: "Ranges") -> "Ranges":
         return Ranges.of(self.limit, self.spans + other.spans)
@@ -113,6 +124,10 @@ class Addresses:
         """Is (family, address as an integer) in the set?"""
         return value[1] in self.family(value[0])
 
+    def within(self, other: "Addresses") -> bool:
+        """Are all addresses in the other set, too?"""
+        return self.v4.within(other.v4) and self.v6.within(other.v6)
+
     def union(self, other: "Addresses") -> "Addresses":
         return Addresses(self.v4.union(other.v4), self.v6.union(other.v6))
 
@@ -145,6 +160,13 @@ class Names:
 
     def __contains__(self, name: str) -> bool:
         return any(_matches(p, name) for p in self.patterns) != self.inverted
+
+    def within(self, other: "Names") -> bool:
+        """Are all names in the other set, too? May say False where that has no simple form."""
+        try:
+            return self.intersection(other) == self
+        except InexpressibleError:
+            return False
 
     def union(self, other: "Names") -> "Names":
         return self.complement().intersection(other.complement()).complement()
@@ -180,7 +202,7 @@ def _matches(pattern: str, name: str) -> bool:
 
 def _within(pattern: str, patterns: frozenset[str]) -> bool:
     """Is each name of the pattern one of the patterns' names?"""
-    stems = (f"{pattern[:end]}*" for end in range(len(pattern)))
+    stems = (f"{pattern[:end]}*" for end in range(len(pattern) + 1))
     return pattern in patterns or any(stem in patterns for stem in stems)
 
 
@@ -279,6 +301,14 @@ def intersection(a: ValueSet, b: ValueSet) -> ValueSet:
     raise TypeError(f"{a!r} and {b!r} are not of one kind")
 
 
+def within(a: ValueSet, b: ValueSet) -> bool:
+    """Are all values of a in b? Both must be of one kind."""
+    match a, b:
+        case (Ranges(), Ranges()) | (Addresses(), Addresses()) | (Names(), Names()):
+            return a.within(b)  # type: ignore[arg-type]
+    raise TypeError(f"{a!r} and {b!r} are not of one kind")
+
+
 def complement(values: ValueSet) -> ValueSet:
     """The values that are not in the set."""
     return values.complement()
@@ -306,10 +336,12 @@ def network_interval(text: str) -> tuple[int, int, int]:
     """
     if "%" in text or (not text.rpartition("/")[2].isdigit() and "/" in text):
         raise ValueError("zones and netmasks cannot be used")
-    network: IPv4Network | IPv6Network
+    if "/" not in text:
+        address = IPv6Address(text) if ":" in text else IPv4Address(text)
+        return address.version, int(address), int(address)
     network = IPv6Network(text) if ":" in text else IPv4Network(text)
     low = int(network.network_address)
-    return network.version, low, low + network.num_addresses - 1
+    return network.version, low, low + 2 ** (network.max_prefixlen - network.prefixlen) - 1
 
 
 _DURATIONS: Final = {"d": 86_400_000, "h": 3_600_000, "m": 60_000, "s": 1000, "ms": 1}

@@ -1,95 +1,595 @@
-"""Load policies, take them away, and see what runs.
+"""Change what runs: load policies, take them away, switch, set and roll them back.
 
-The order of things is what makes it safe: the state's lock first, then the new
-state written beside the old, then one transaction, then the state renamed into
-place. Whatever fails before the transaction changes nothing; the transaction is
-all or nothing; and what is left is a rename.
+Every change goes the same way, and the order of things is what makes it safe: the
+state's lock first, then the plan from what the kernel holds to what is wanted, then
+the new generation written beside the old, then one transaction, then the state
+renamed into place. Whatever fails before the transaction changes nothing; the
+transaction is all or nothing; and what is left is a rename. Where somebody was killed
+before it, the next change asks the kernel which of the two holds.
 """
 
-import hashlib
 import re
+import signal
 import socket
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Final
+from logging import warning
+from typing import Final
 
 from itmlang.diagnostics import CompileError, Diagnostic, did_you_mean
 from itmlang.nft.model import TABLE_PREFIX
-from itmlang.pipeline import Compiled
 from runtime import nft
-from runtime.errors import MachineError, UsageError
+from runtime.errors import MachineError, RolledBackError, UsageError
+from runtime.listing import Element, Running
+from runtime.migrate import Contents, Dump, Kept, Left, Move, corrections
 from runtime.nft import NftRefusalError
-from runtime.plan import Plan, Running, plan, records_of, removal, running, switching
-from runtime.state import Record, State, Store, load, locked
+from runtime.plan import Plan, Script, drift, listed, plan
+from runtime.state import State
+from runtime.store import Generation, Store, boot_file, load, locked, read_generation
+from runtime.units import Unit, replay, unit_of
+from runtime.warden import arm, overdue, told
 
+# A flow that gets packets while its threshold moves is put right so often.
+_CORRECTIONS: Final = 4
+# Larger sets are not kept for a rollback: reading them would take seconds.
+_LARGEST_KEPT: Final = 262_144
+_ENDING: Final = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGTSTP)
 _DEVICE: Final = re.compile(r'\bdevice "[^"]+"')
 
 
 @dataclass(frozen=True)
 class Applied:
-    """What `apply` did: names of policies loaded and removed, flow sets that were lost.
+    """What was changed: names of policies loaded and removed, and the plan.
 
     `absent` are devices of hooks that are not here; the kernel waits for them. `off`
-    are policies that were off and stayed so.
+    are policies that were off and stayed so. `generation` is the new one's number, 0 if nothing changed. `unkept` says why the
+    change would not survive a reboot, "" if it would or need not.
     """
 
     loaded: tuple[str, ...]
     removed: tuple[str, ...]
-    lost: tuple[str, ...]
+    plan: Plan
     absent: tuple[str, ...] = ()
     off: tuple[str, ...] = ()
+    generation: int = 0
+    unkept: str = ""
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """Sets whose contents were lost."""
+        return tuple(change.name for change in self.plan.lost)
 
 
-def apply(compiled: Compiled, *, check: bool = False) -> Applied:
-    """Load a file's policies in one transaction; with `check`, only try it.
+def planned(unit: Unit, known: State | None = None) -> tuple[Plan, State]:
+    """What `apply` would do with a unit, and the state it would start from.
 
-    Applying a file again replaces what it brought before. Raises `CompileError` if
-    a policy's name belongs to another file, `MachineError` if the machine refuses;
-    in both cases nothing was changed.
+    `known` is that state, if it was read already.
+
+    Raises `CompileError` if a policy's name belongs to another file.
     """
     nft.require_rights()
-    file = file_key(compiled.source.name)
-    priorities = {policy.name: policy.priority for policy in compiled.policies}
-    now = time.time()
-    with locked() as store:
-        tables = compiled.ruleset.tables
-        by_name = {
-            r.name: r
-            for table in tables
-            for r in records_of(table, file, compiled.source.name, priorities, now)
-        }
-        records = [by_name[policy.name] for policy in compiled.policies]
-        kernel = _kernel()
-        _refuse_foreign(compiled, file, store.state)
-        change = plan(compiled.ruleset, compiled.text, file, records, store.state, kernel)
+    state = load() if known is None else known
+    return _of_unit(unit, state), state
+
+
+def _of_unit(unit: Unit, state: State) -> Plan:
+    _refuse_foreign(unit, state)
+    old = state.unit(unit.file)
+    units = (old, unit) if old else (unit,)
+    scope = {table.path for one in units for table in one.ruleset.tables}
+    gone = set(old.names) - set(unit.names) if old else set[str]()
+    wanted = state.without(gone).with_unit(unit, time.time())
+    return plan(wanted, state, kernel(state, wanted), scope)
+
+
+def apply(
+    unit: Unit,
+    *,
+    known: State | None = None,
+    check: bool = False,
+    digest: str = "",
+    why: str = "",
+    confirm: float = 0,
+) -> Applied:
+    """Load a file's policies in one transaction; with `check`, only try it.
+
+    Applying a file again replaces what it brought before. With `digest`, only the plan
+    that has it is carried out. With `confirm`, everything goes back after so many
+    seconds unless `confirm` comes before. `known` is the state if it was read already.
+
+    Raises `CompileError` if a policy's name belongs to another file, `UsageError` if the
+    plan is another one, `MachineError` if the machine refuses; in all cases nothing was
+    changed.
+    """
+    with _changing(known) as store:
+        _refuse_unconfirmed(store, look=check)
+        change = _of_unit(unit, store.state)
+        if digest and change.digest != digest:
+            raise UsageError(
+                f"the plan is another one by now: {change.digest}, not {digest}; nothing was changed",
+                "`itmc plan` shows it",
+            )
         if check:
-            _load(change, compiled, check=True)
-            return _applied(change, records)
-        prepared = store.prepare(change.state)
-        rehooked = [r for r in store.state.records if r.name in change.rehooked]
-        renewed = {r.name for r in records} | {r.name for r in rehooked if not _drifted(r)}
-        _load(change, compiled)
-        _settle(store, prepared, change.state, renewed)
-    return _applied(change, records)
+            _load(_script(change, {}, _dump), check=True)
+            return _applied(change, unit, 0, "")
+        old = store.state.unit(unit.file)
+        if change.empty and old is not None and old.made_of == unit.made_of:
+            return _applied(change, unit, 0, store.keep_for_boot())
+        number, unkept = carry_out(store, change, why or f"apply {unit.shown}", confirm=confirm)
+        return _applied(change, unit, number, unkept)
 
 
-def _applied(change: Plan, records: Sequence[Record]) -> Applied:
-    hooks = (hook for record in records for hook, _, _ in record.hooks)
+def _applied(change: Plan, unit: Unit, number: int, unkept: str) -> Applied:
+    hooks = [c.hook.name for t in unit.ruleset.tables for c in t.base_chains if c.hook]
     absent = dict.fromkeys(device for hook in hooks if (device := _absent(hook)))
-    names = tuple(r.name for r in records)
-    off = tuple(r.name for r in change.state.records if r.name in names and not r.on)
-    return Applied(names, change.deleted, change.lost, tuple(absent), off)
+    off = tuple(e.name for e in change.state.policies if e.name in unit.names and not e.on)
+    return Applied(unit.ruleset.order, change.deleted, change, tuple(absent), off, number, unkept)
 
 
-def _absent_at(script: str, line: int) -> str:
+def remove(names: Sequence[str]) -> tuple[str, ...]:
+    """Take policies away, all in one transaction; an empty list takes all.
+
+    Without names, every table of ours goes, also those that a crash left behind.
+    Returns the names. Raises `UsageError` for a name that is not loaded.
+    """
+    with _changing() as store:
+        _refuse_unconfirmed(store)
+        state = store.state
+        ours = {table.path for table in state.tables}
+        strays = {
+            path: path.split()[1].removeprefix(TABLE_PREFIX)
+            for path in our_tables()
+            if path not in ours
+        }
+        known = sorted({*state.names, *strays.values()})
+        _refuse_unknown(names, known)
+        going = list(dict.fromkeys(names)) or known
+        wanted = state.without(set(going))
+        scope = {state.table_of(name).path for name in going if name in state.names}
+        change = plan(wanted, state, kernel(state, wanted), scope)
+        for path, name in strays.items():
+            if name in going:
+                change.before.say(f"delete table {path}")
+        if going:
+            carry_out(store, change, "remove " + (" ".join(names) or "--all"))
+    return tuple(going)
+
+
+def switch(names: Sequence[str], *, on: bool) -> tuple[str, ...]:
+    """Take policies off their hooks, or hang them in again; all that they learned stays.
+
+    Returns the names that were not so already. Raises `UsageError` for a name that
+    is not loaded, `MachineError` if the machine refuses; then nothing was changed.
+    """
+    with _changing() as store:
+        _refuse_unconfirmed(store)
+        state = store.state
+        _refuse_unknown(names, state.names)
+        running = kernel(state, state)
+        for name in names:
+            if state.table_of(name).path not in running:
+                raise MachineError(
+                    f"the table of `{name}` is gone from the kernel",
+                    "`itmc apply` brings it back",
+                )
+        wanted = state.switched(set(names), on=on)
+        changing = tuple(
+            entry.name
+            for entry in state.policies
+            if entry.name in names
+            and (entry.on != on or (on and not _hooked(state, entry.name, running)))
+        )
+        scope = {state.table_of(name).path for name in changing}
+        change = plan(wanted, state, running, scope)
+        if changing:
+            carry_out(store, change, f"{'enable' if on else 'disable'} {' '.join(names)}")
+    return changing
+
+
+def _hooked(state: State, policy: str, running: Mapping[str, Running]) -> bool:
+    """Are all base chains of a policy where they should be?"""
+    table = state.table_of(policy)
+    chains = (c.name for c in table.base_chains if c.policy == policy)
+    return all(chain in running[table.path].chains for chain in chains)
+
+
+def set_parameter(policy: str, parameter: str, value: str) -> Applied:
+    """Give a parameter of a loaded policy another value, until its file is applied again.
+
+    The policy is compiled from what it was loaded from. Rules that do not name the
+    parameter stay as they are. Raises `UsageError` if there is no such policy or
+    parameter, or the value does not fit; `MachineError` if the machine refuses.
+    """
+    with _changing() as store:
+        _refuse_unconfirmed(store)
+        state = store.state
+        _refuse_unknown([policy], state.names)
+        old = state.unit_of(policy)
+        known = next(p for p in old.policies if p.name == policy).parameters
+        if parameter not in known:
+            raise UsageError(
+                f"`{policy}` has no parameter `{parameter}`",
+                did_you_mean(parameter, known) or f"it has {', '.join(known) or 'none'}",
+            )
+        given = {**old.given, policy: {**old.given.get(policy, {}), parameter: value}}
+        from itmlang.pipeline import compile  # 0.1 s that no other change needs
+
+        try:
+            compiled = compile(old.source, replay(old), given=given)
+        except CompileError as error:
+            first = error.diagnostics[0]
+            raise UsageError(
+                f"`{parameter}` cannot be {value}: {first.message}; nothing was changed", first.help
+            ) from error
+        unit = unit_of(compiled, old.file, old.reads, given)
+        change = _of_unit(unit, state)
+        number, unkept = carry_out(store, change, f"set {policy}.{parameter} {value}")
+        return _applied(change, unit, number, unkept)
+
+
+def rollback(number: int = 0) -> tuple[Generation | None, Plan]:
+    """Go back to the generation before this one, or to one of those that are kept.
+
+    Returns what holds now (None: nothing is loaded) with the plan that led there. Raises
+    `UsageError` if there is no such generation, `MachineError` if it is damaged or the
+    machine refuses; then nothing was changed.
+    """
+    with _changing() as store:
+        if store.pending is not None:
+            number = store.pending.back
+            done = back_to(store, number)
+            store.settle("rolled back")
+            return done
+        if not number:
+            if not store.state.generation:
+                raise UsageError(
+                    "nothing is loaded: there is nothing to go back to",
+                    "`itmc rollback --to N` loads one of those that are kept"
+                    if store.numbers
+                    else "",
+                )
+            number = store.generation(store.state.generation)[1].parent
+            if number and number not in store.numbers:
+                raise UsageError(
+                    f"generation {number} is no longer kept",
+                    "`itmc rollback --list` shows which are",
+                )
+        elif number not in store.numbers:
+            raise UsageError(
+                f"there is no generation {number}",
+                "`itmc rollback --list` shows those that are kept",
+            )
+        return back_to(store, number)
+
+
+def back_to(store: Store, number: int, *, sure: bool = False) -> tuple[Generation | None, Plan]:
+    """Load a generation that is kept (0: the time before all), under the lock.
+
+    With `sure`, also where the disk is too full to write that down.
+    """
+    wanted, made = store.generation(number) if number else (State(), None)
+    state = store.state
+    applied = {entry.name: entry.applied for entry in state.policies}
+    entries = (replace(e, applied=applied.get(e.name, time.time())) for e in wanted.policies)
+    wanted = replace(wanted, policies=tuple(entries), listed=state.listed)
+    kept = store.left(number)
+    change = plan(wanted, state, kernel(state, wanted), None, kept)
+    carry_out(store, change, "", back=True, sure=sure, kept=kept)
+    return made, change
+
+
+def _go_back(store: Store, number: int) -> Generation | None:
+    """Go back as the warden does: nobody is there to mend a full disk first."""
+    _finish(store)
+    return back_to(store, number, sure=True)[0]
+
+
+def confirm() -> tuple[int, str]:
+    """Keep the change that waits.
+
+    Returns its generation, and why it would not survive a reboot ("" if it would).
+
+    Raises `UsageError` if none waits, `RolledBackError` if it is too late.
+    """
+    with _changing() as store:
+        pending = store.pending
+        if pending is None:
+            if store.ended == "rolled back":
+                raise _too_late()
+            raise UsageError("nothing waits to be confirmed")
+        if overdue(pending) or store.state.generation != pending.generation:
+            back_to(store, pending.back)
+            store.settle("rolled back")
+            raise _too_late()
+        store.settle("confirmed")
+        return pending.generation, store.keep_for_boot()
+
+
+def _too_late() -> RolledBackError:
+    return RolledBackError("too late: it was rolled back", "`itmc apply` loads it again")
+
+
+def restore() -> tuple[Generation, Plan] | None:
+    """Load the generation that was confirmed last, as at boot; None if none was kept.
+
+    Raises `MachineError` if it is damaged or refused.
+    """
+    nft.require_rights()
+    path = boot_file(confined=True)
+    if path is None or not path.exists():
+        return None
+    wanted, made = read_generation(path)
+    with _changing() as store:
+        _refuse_unconfirmed(store)
+        state = store.state
+        entries = tuple(replace(e, applied=time.time()) for e in wanted.policies)
+        wanted = replace(wanted, policies=entries, listed=state.listed)
+        change = plan(wanted, state, kernel(state, wanted))
+        if not change.empty or state.names != wanted.names:
+            carry_out(store, change, f"boot: {made.why.removeprefix('boot: ')}")
+    return made, change
+
+
+# The one way to change anything.
+
+
+@contextmanager
+def _changing(known: State | None = None) -> Iterator[Store]:
+    """The state, for changing; what a killed command left half done is finished first."""
+    nft.require_rights()
+    with locked(known) as store:
+        _finish(store)
+        yield store
+
+
+def _finish(store: Store) -> None:
+    """Decide what holds where a command was ended before it could say: the kernel knows."""
+    begun = store.begun()
+    if begun is None:
+        return
+    if begun.generation == store.state.generation or _carried_out(begun, store.state):
+        store.commit(begun)
+        if store.pending is None:
+            store.keep_for_boot()
+        return
+    store.abandon()
+    pending = store.pending
+    if pending is not None and pending.generation == begun.generation:
+        store.settle("")
+
+
+def _carried_out(begun: State, old: State) -> bool:
+    """Does the kernel have what was begun, and not the old?
+
+    What was begun is listed in no record, so its chains are counted, rule by rule.
+    """
+    running = kernel(begun, old)
+    on = [entry.name for entry in old.policies if entry.on]
+    same = all(
+        table.path in running
+        and not drift(table, running[table.path], old.listed.get(table.path, {}), on)
+        for table in old.tables
+    )
+    if same and set(running) == {table.path for table in old.tables}:
+        return False
+    on = [entry.name for entry in begun.policies if entry.on]
+    wanted = {
+        table.path: {c.name: len(c.rules) for c in table.chains if c.hook is None or c.policy in on}
+        for table in begun.tables
+    }
+    return wanted == {
+        path: {name: len(chain.rules) for name, chain in one.chains.items()}
+        for path, one in running.items()
+    }
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Signals that end a command come when this is done: it then knows what became of it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def carry_out(
+    store: Store,
+    change: Plan,
+    why: str,
+    *,
+    back: bool = False,
+    sure: bool = False,
+    confirm: float = 0,
+    kept: Left | None = None,
+) -> tuple[int, str]:
+    """Carry a plan out under the lock, as a new generation or going back to one; `sure` if
+    also where that cannot be written down.
+
+    Returns the generation's number, and why it would not survive a reboot. Raises
+    `MachineError`; then nothing was changed.
+    """
+    old = store.state.generation
+
+    def dump(path: str, name: str) -> Sequence[Element]:
+        found = kept.sets.get((path, name)) if kept is not None else None
+        return found.elements if found is not None else _dump(path, name)
+
+    contents = Contents(change.moves, dump)
+    try:
+        left = _leaving(change)
+        try:
+            state = (
+                store.prepare_back(change.state)
+                if back
+                else store.prepare(change.state, why, change.digest)
+            )
+            store.leave(old, left)
+        except MachineError:
+            if not sure:
+                raise
+            state = change.state
+        if confirm:
+            arm(store, state.generation, old, confirm, _go_back)
+        script = _script(change, _continued(change, kept), dump, contents)
+    except BaseException:
+        _nothing_done(store, confirm)
+        raise
+    with _undisturbed():
+        try:
+            if script.lines:
+                _load(script)
+        except MachineError as error:
+            # Where libnftables crashed, only the kernel knows; the next change asks it.
+            if isinstance(error.__cause__, NftRefusalError):
+                _nothing_done(store, confirm)
+            raise
+        # The kernel has it already: what fails from here on must not look like a refusal.
+        unkept = ""
+        try:
+            store.commit(state)
+        except (MachineError, OSError) as error:
+            return state.generation, f"what was loaded could not be written down: {error}"
+        with suppress(MachineError, OSError):
+            _correct(change.moves, contents)
+            seen = {t.path: state.listed.get(t.path, {}) for t in state.tables}
+            store.seen(seen | {path: _listed(path) for path in change.touched if path in seen})
+            if change.resized:
+                _insist(store, change)
+        if not confirm:
+            with suppress(MachineError, OSError):
+                unkept = store.keep_for_boot()
+    return state.generation, unkept
+
+
+def _insist(store: Store, change: Plan) -> None:
+    """Make sets anew that did not get their size or time-out.
+
+    Linux 6.1 takes a new one for a set that is there, and ignores it.
+    """
+    state = store.state
+    again = plan(state, state, kernel(state), change.touched)
+    if again.empty:
+        return
+    contents = Contents(again.moves, _dump)
+    _load(_script(again, {}, _dump, contents))
+    _correct(again.moves, contents)
+    store.seen(dict(state.listed) | {path: _listed(path) for path in again.touched})
+
+
+def _nothing_done(store: Store, confirm: float) -> None:
+    store.abandon()
+    if confirm:
+        store.settle("")  # nothing has to go back
+
+
+def _script(
+    change: Plan,
+    counters: Mapping[tuple[str, str], tuple[int, int]],
+    dump: Dump,
+    contents: Contents | None = None,
+) -> Script:
+    """The transaction, elements and counters included."""
+    contents = contents or Contents(change.moves, dump)
+    script = Script([*change.before.lines], [*change.before.spans])
+    for (path, name), _ in change.counters:
+        packets, size = counters.get((path, name), (0, 0))
+        script.say(f"add counter {path} {name} {{ packets {packets} bytes {size} }}")
+    for move in change.moves:
+        for command in contents.commands(move):
+            script.say(command, move.target.span)
+    script.lines += change.after.lines
+    script.spans += change.after.spans
+    return script
+
+
+def _continued(change: Plan, kept: Left | None) -> dict[tuple[str, str], tuple[int, int]]:
+    """What the new counters begin with."""
+    running: dict[str, dict[str, tuple[int, int]]] = {}
+    found = {}
+    for target, (path, name) in change.counters:
+        if kept is not None and (path, name) in kept.counters:
+            found[target] = kept.counters[path, name]
+            continue
+        if path not in running:
+            running[path] = nft.counters(path)
+        found[target] = running[path].get(name, (0, 0))
+    return found
+
+
+def _leaving(change: Plan) -> Left:
+    """What goes with a plan, and what it learned."""
+    sets = {
+        (path, one.name): Kept(one.key, tuple(nft.elements(path, one.name)))
+        for path, one in change.leaving.sets
+        if one.role in ("count", "learned") and one.size <= _LARGEST_KEPT
+    }
+    running = {path: nft.counters(path) for path in {p for p, _ in change.leaving.counters}}
+    counters = {
+        (path, name): running[path][name]
+        for path, name in change.leaving.counters
+        if name in running[path]
+    }
+    return Left(sets, counters)
+
+
+def _dump(path: str, name: str) -> Sequence[Element]:
+    return nft.elements(path, name)
+
+
+def _correct(moves: Sequence[Move], contents: Contents) -> None:
+    """Put flows right that got packets while their threshold moved."""
+    pairs = [
+        (move, (path, source.name))
+        for move in moves
+        if move.how in ("budget", "over")
+        for path, source in move.sources
+    ]
+    before = {key: contents.of(*key) for _, key in pairs}
+    for _ in range(_CORRECTIONS if pairs else 0):
+        now = {key: _dump(*key) for key in before}
+        commands, late = [], 0
+        for move, key in pairs:
+            found, many = corrections(move, before[key], now[key])
+            commands += found
+            late += many
+        if not late:
+            return
+        with suppress(NftRefusalError):  # a flow may have expired meanwhile
+            nft.load("".join(f"{command}\n" for command in commands))
+        before = now
+
+
+def _load(script: Script, *, check: bool = False) -> None:
+    """The transaction; a refusal is shown at the policy's lines."""
+    try:
+        nft.load(script.text, check=check)
+    except NftRefusalError as refusal:
+        diagnostics = []
+        for error in refusal.errors:
+            index = error.line - 1
+            span = script.spans[index] if 0 <= index < len(script.spans) else None
+            message = f"the kernel refused this: {error.message}"
+            absent = _absent_at(script.lines, error.line)
+            if absent:
+                message = f"there is no device {absent} here"
+            place = "" if span else "nftables"
+            diagnostics.append(Diagnostic("E060", message, span, place=place))
+        raise MachineError(
+            "nftables refused the ruleset; nothing was changed",
+            "`itmc compile` shows the rules",
+            tuple(dict.fromkeys(diagnostics)),
+        ) from refusal
+
+
+def _absent_at(lines: Sequence[str], line: int) -> str:
     """The device that is missing for the base chain that begins at a line, or has its hook there.
 
     Linux takes such chains since 6.16, and then waits for the device.
     """
-    for text in script.splitlines()[max(0, line - 1) : line + 1]:
+    for text in lines[max(0, line - 1) : line + 1]:
         found = _DEVICE.search(text)
         if found and line:
             return _absent(found[0])
@@ -107,115 +607,80 @@ def _absent(hook: str) -> str:
     return ""
 
 
-def remove(names: Sequence[str]) -> tuple[str, ...]:
-    """Take policies away, all in one transaction; an empty list takes all.
+# What the kernel has of ours.
 
-    Without names, every table of ours goes, also those that a crash left behind.
-    Returns the names. Raises `UsageError` for a name that is not loaded.
+
+def our_tables() -> list[str]:
+    """The tables of ours that exist, as `family name`."""
+    return [path for path in nft.tables() if path.split()[1].startswith(TABLE_PREFIX)]
+
+
+def kernel(*states: State) -> dict[str, Running]:
+    """The tables of these states that the kernel has."""
+    wanted = {table.path for state in states for table in state.tables}
+    return {path: nft.table(path) for path in our_tables() if path in wanted}
+
+
+def _listed(path: str) -> dict[str, str]:
+    try:
+        return listed(nft.table(path))
+    except MachineError:
+        return {}  # nftables cannot list what it took
+
+
+# Refusals.
+
+
+def _refuse_unknown(names: Sequence[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise UsageError(
+                f"no policy `{name}` is loaded",
+                did_you_mean(name, known) or "`itmc list` shows what is loaded",
+            )
+
+
+def _refuse_unconfirmed(store: Store, *, look: bool = False) -> None:
+    """While a change waits to be confirmed, nothing else may come between.
+
+    If its time is over (whoever should have gone back was ended), it goes back now, but
+    not for somebody who only wants to `look`.
     """
-    nft.require_rights()
-    with locked() as store:
-        kernel = _kernel()
-        recorded = {r.name for r in store.state.records}
-        strays = {
-            path: path.split()[1].removeprefix(TABLE_PREFIX)
-            for path in kernel
-            if all(r.table != path for r in store.state.records)
-        }
-        known = sorted({*recorded, *strays.values()})
-        for name in names:
-            if name not in known:
-                raise UsageError(
-                    f"no policy `{name}` is loaded",
-                    did_you_mean(name, known) or "`itmc list` shows what is loaded",
-                )
-        going = list(dict.fromkeys(names)) or known
-        left = store.state.without(set(going))
-        shared = {r.table for r in store.state.records if r.name in going}
-        sound = {r.name for r in left.records if r.table in shared and not _drifted(r)}
-        prepared = store.prepare(left)
-        script = removal([r for r in store.state.records if r.name in going], store.state, kernel)
-        script += "".join(
-            f"delete table {path}\n" for path, name in strays.items() if name in going
-        )
-        if script:
-            try:
-                nft.load(script)
-            except NftRefusalError as refusal:
-                raise MachineError(f"nftables refused: {refusal}; nothing was removed") from refusal
-        # The tables of those that stay are shorter now, and that is no drift.
-        _settle(store, prepared, left, sound)
-    return tuple(going)
+    pending = store.pending
+    if pending is None:
+        return
+    if overdue(pending) and not look:
+        made, _ = back_to(store, pending.back)
+        store.settle("rolled back")
+        warning("the last change was not confirmed in time; %s first", told(made))
+        return
+    raise MachineError(
+        "the last `apply --confirm` waits to be confirmed; nothing was changed",
+        "`itmc confirm` keeps it, `itmc rollback` takes it back",
+    )
 
 
-def switch(names: Sequence[str], *, on: bool) -> tuple[str, ...]:
-    """Take policies off their hooks, or hang them in again; all that they learned stays.
-
-    Returns the names that were not so already. Raises `UsageError` for a name that
-    is not loaded, `MachineError` if the machine refuses; then nothing was changed.
-    """
-    nft.require_rights()
-    with locked() as store:
-        known = [r.name for r in store.state.records]
-        for name in names:
-            if name not in known:
-                raise UsageError(
-                    f"no policy `{name}` is loaded",
-                    did_you_mean(name, known) or "`itmc list` shows what is loaded",
-                )
-        kernel = _kernel()
-        chosen = [r for r in store.state.records if r.name in names]
-        for record in chosen:
-            if record.table not in kernel:
-                raise MachineError(
-                    f"the table of `{record.name}` is gone from the kernel",
-                    "`itmc apply` brings it back",
-                )
-        changing = [r for r in chosen if r.on != on or (on and not _hooked(r, kernel))]
-        wanted = State(
-            tuple(replace(r, on=on) if r.name in names else r for r in store.state.records)
-        )
-        script, touched = switching([r.name for r in changing], wanted, kernel)
-        tables = {r.table for r in store.state.records if r.name in touched}
-        sound = {r.name for r in wanted.records if r.table in tables and not _drifted(r)}
-        prepared = store.prepare(wanted)
-        if script:
-            try:
-                nft.load(script)
-            except NftRefusalError as refusal:
-                raise MachineError(f"nftables refused: {refusal}; nothing was changed") from refusal
-        _settle(store, prepared, wanted, sound)
-    return tuple(r.name for r in changing)
-
-
-def _hooked(record: Record, kernel: Mapping[str, Running]) -> bool:
-    """Are all base chains of a policy where they should be?"""
-    return all(chain in kernel[record.table].chains for _, _, chain in record.hooks)
-
-
-def file_key(name: str) -> str:
-    """What identifies a policy file: its absolute path, `-` for standard input."""
-    return name if name == "-" else str(Path(name).resolve())
-
-
-def _refuse_foreign(compiled: Compiled, file: str, state: State) -> None:
+def _refuse_foreign(unit: Unit, state: State) -> None:
     """A policy name belongs to the file that brought it, and so does a table."""
     errors = []
-    for table in compiled.ruleset.tables:
+    others = [other for other in state.units if other.file != unit.file]
+    for table in unit.ruleset.tables:
         # What is left of policies that shared it still goes by the first one's name.
-        others = [r for r in state.records if r.table == table.path and r.file != file]
-        if others and state.find(table.policies[0]) is None:
-            errors.append(
-                Diagnostic(
-                    "E050",
-                    f"`{others[0].name}`, from {others[0].shown}, has the table {table.name}",
-                    table.span,
-                    help=f"give the policy another name, or `itmc remove {others[0].name}` first",
+        for other in others:
+            taken = [t for t in other.ruleset.tables if t.path == table.path]
+            if taken and table.policies[0] not in other.names:
+                errors.append(
+                    Diagnostic(
+                        "E050",
+                        f"`{taken[0].policies[0]}`, from {other.shown}, has the table {table.name}",
+                        table.span,
+                        help="give the policy another name, or "
+                        f"`itmc remove {taken[0].policies[0]}` first",
+                    )
                 )
-            )
-    for policy in compiled.policies:
-        owner = state.find(policy.name)
-        if owner is not None and owner.file != file:
+    for policy in unit.policies:
+        owner = next((other for other in others if policy.name in other.names), None)
+        if owner is not None:
             errors.append(
                 Diagnostic(
                     "E050",
@@ -226,236 +691,3 @@ def _refuse_foreign(compiled: Compiled, file: str, state: State) -> None:
             )
     if errors:
         raise CompileError(errors)
-
-
-def _our_tables() -> list[str]:
-    """The tables of ours that exist, as `family name`."""
-    return [path for path in nft.tables() if path.split()[1].startswith(TABLE_PREFIX)]
-
-
-def _kernel() -> dict[str, Running]:
-    return {path: running(nft.table(path)) for path in _our_tables()}
-
-
-def _load(change: Plan, compiled: Compiled, *, check: bool = False) -> None:
-    """The transaction; a refusal is shown at the policy's lines."""
-    try:
-        nft.load(change.script, check=check)
-    except NftRefusalError as refusal:
-        diagnostics = []
-        for error in refusal.errors:
-            index = error.line - change.offset - 1
-            lines = compiled.text.lines
-            span = lines[index] if 0 <= index < len(lines) else None
-            message = f"the kernel refused this: {error.message}"
-            absent = _absent_at(change.script, error.line)
-            if absent:
-                message = f"there is no device {absent} here"
-            place = "" if span else "nftables"
-            diagnostics.append(Diagnostic("E060", message, span, place=place))
-        raise MachineError(
-            "nftables refused the ruleset; nothing was changed",
-            "`itmc compile` shows the rules",
-            tuple(dict.fromkeys(diagnostics)),
-        ) from refusal
-
-
-def _settle(store: Store, prepared: Path, state: State, renewed: set[str]) -> None:
-    """Put the new state in its place, with digests of what now runs.
-
-    The kernel has it already: what fails from here on must not look like a refusal.
-    """
-    with suppress(MachineError, OSError):
-        store.commit(prepared, state)
-        if renewed:
-            digested = _with_digests(state, renewed)
-            store.commit(store.prepare(digested), digested)
-
-
-def _with_digests(state: State, names: set[str]) -> State:
-    """The state with the digests of the named policies' tables taken anew."""
-    digests = {r.table: "" for r in state.records if r.name in names}
-    for path in digests:
-        digests[path] = _digest(path)
-    records = tuple(replace(r, digest=digests.get(r.table, r.digest)) for r in state.records)
-    return State(records)
-
-
-def _drifted(r: Record) -> bool:
-    """Did somebody else change the rules of a loaded policy's table?"""
-    return bool(r.digest) and _digest(r.table) != r.digest
-
-
-def _digest(path: str) -> str:
-    try:
-        listing = nft.table_text(path)
-    except MachineError:
-        return ""  # nftables cannot list what it took: then drift is not noticed
-    return hashlib.sha256(listing.encode()).hexdigest() if listing else ""
-
-
-# What runs.
-
-
-@dataclass(frozen=True)
-class ClassStatus:
-    name: str
-    packets: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class FlowStatus:
-    """`entries` flows of at most `size` (for each address family) are known.
-
-    `uncounted` are packets of new flows that found the table full; None for the
-    buckets of a limit, of which the kernel does not tell.
-    """
-
-    name: str
-    key: tuple[str, ...]
-    entries: int
-    size: int
-    uncounted: int | None
-
-
-@dataclass(frozen=True)
-class SetStatus:
-    """A learned set: `entries` of at most `size` (for each address family)."""
-
-    name: str
-    entries: int
-    size: int
-    unlearned: int  # additions that found it full
-
-
-@dataclass(frozen=True)
-class PolicyStatus:
-    """A loaded policy. `state` is "on", "off" (its rules are not asked), "missing" (its table is gone) or "unknown" (not ours to
-    tell: a table of ours that the state knows nothing of)."""
-
-    name: str
-    state: str
-    file: str
-    hooks: tuple[tuple[str, int], ...]
-    priority: int
-    drift: bool
-    classes: tuple[ClassStatus, ...]
-    flows: tuple[FlowStatus, ...]
-    learned: tuple[SetStatus, ...] = ()
-    noted: tuple[ClassStatus, ...] = ()  # what was sampled and recorded
-
-
-def loaded() -> tuple[PolicyStatus, ...]:
-    """All loaded policies in the order they run, without counts."""
-    return _statuses(counts=False)
-
-
-def status(names: Sequence[str] = ()) -> tuple[PolicyStatus, ...]:
-    """The loaded policies (or those named) with their counts.
-
-    Raises `UsageError` for a name that is not loaded.
-    """
-    found = _statuses(counts=True, names=names)
-    known = {s.name for s in found}
-    for name in names:
-        if name not in known:
-            raise UsageError(
-                f"no policy `{name}` is loaded",
-                did_you_mean(name, [s.name for s in loaded()])
-                or "`itmc list` shows what is loaded",
-            )
-    return tuple(s for s in found if not names or s.name in names)
-
-
-def _statuses(*, counts: bool, names: Sequence[str] = ()) -> tuple[PolicyStatus, ...]:
-    nft.require_rights()
-    state = load()
-    present = set(_our_tables())
-    seen: dict[str, tuple[str, Mapping[str, tuple[int, int]]]] = {}  # by table
-    found = []
-    for r in state.records:
-        if names and r.name not in names:
-            continue
-        there = r.table in present
-        if there and r.table not in seen:
-            seen[r.table] = _digest(r.table), _counters(r.table) if counts else {}
-        found.append(
-            _status(r, counts, *seen[r.table])
-            if there
-            else PolicyStatus(r.name, "missing", r.shown, _hooks(r), r.priority, True, (), ())
-        )
-    for path in sorted(present - {r.table for r in state.records}):
-        name = path.split()[1].removeprefix(TABLE_PREFIX)
-        hooks = tuple(
-            (hook.name, hook.priority) for hook in running(nft.table(path)).chains.values() if hook
-        )
-        found.append(PolicyStatus(name, "unknown", "", hooks, 0, True, (), ()))
-    # Stable: at equal priority the state's order is the order they run.
-    return tuple(sorted(found, key=lambda s: s.priority))
-
-
-def _hooks(r: Record) -> tuple[tuple[str, int], ...]:
-    return tuple((hook, priority) for hook, priority, _ in r.hooks)
-
-
-def _status(
-    r: Record, counts: bool, digest: str, counters: Mapping[str, tuple[int, int]]
-) -> PolicyStatus:
-    drift = bool(r.digest) and digest != r.digest
-    state = "on" if r.on else "off"
-    if not counts:
-        return PolicyStatus(r.name, state, r.shown, _hooks(r), r.priority, drift, (), ())
-
-    def counted(name: str) -> tuple[int, int]:
-        return counters.get(name, (0, 0))
-
-    classes = tuple(ClassStatus(n, *counted(f"{r.prefix}class_{n}")) for n in r.classes)
-    flows = tuple(
-        FlowStatus(
-            flow.name,
-            flow.key,
-            sum(len(nft.elements(r.table, name)) for _, name in flow.sets),
-            flow.size,
-            counted(flow.uncounted)[0] if flow.uncounted else None,
-        )
-        for flow in r.flows
-    )
-    learned = tuple(
-        SetStatus(
-            one.name,
-            sum(len(nft.elements(r.table, name)) for name in one.sets),
-            one.size,
-            counted(one.unlearned)[0],
-        )
-        for one in r.learned
-    )
-    noted = tuple(ClassStatus(n.removeprefix(r.prefix), *counted(n)) for n in r.noted)
-    return PolicyStatus(
-        r.name, state, r.shown, _hooks(r), r.priority, drift, classes, flows, learned, noted
-    )
-
-
-def _counters(path: str) -> Mapping[str, tuple[int, int]]:
-    found = {}
-    for item in nft.table(path):
-        if "counter" in item:
-            counter: dict[str, Any] = item["counter"]
-            found[counter["name"]] = (counter["packets"], counter["bytes"])
-    return found
-
-
-def flow_counts(name: str) -> dict[str, dict[tuple[Any, ...], tuple[int, int]]]:
-    """For each flow of a loaded policy: its keys with (packets, bytes), as the kernel has them."""
-    r = load().find(name)
-    if r is None:
-        raise UsageError(f"no policy `{name}` is loaded")
-    found: dict[str, dict[tuple[Any, ...], tuple[int, int]]] = {}
-    for flow in r.flows:
-        table = found.setdefault(flow.name, {})
-        for _, set_name in flow.sets:
-            for element in nft.elements(r.table, set_name):
-                counter = element.get("counter", {})
-                key = tuple(element["val"])
-                table[key] = (counter.get("packets", 0), counter.get("bytes", 0))
-    return found

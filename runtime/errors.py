@@ -1,4 +1,4 @@
-"""What the machine refuses: the one error type of the runtime."""
+"""What can go wrong with the machine and with the command, as errors."""
 
 from itmlang.diagnostics import Diagnostic
 
@@ -20,6 +20,15 @@ class MachineError(Exception):
 
 class UsageError(Exception):
     """The command was given something that is not there or does not fit."""
+
+    def __init__(self, message: str, help: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.help = help
+
+
+class RolledBackError(Exception):
+    """A change that waited to be confirmed went back."""
 
     def __init__(self, message: str, help: str = "") -> None:
         super().__init__(message)

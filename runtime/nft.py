@@ -11,16 +11,18 @@ import json
 import os
 import pickle
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from runtime import netlink
 from runtime.errors import MachineError
+from runtime.listing import Element, Running, digest, read_elements, read_table
 
 _ERROR: Final = re.compile(
     r"^/proc/self/fd/\d+:(?P<line>\d+):(?P<first>\d+)-(?P<last>\d+): Error: (?P<message>.*)$", re.M
 )
-_DEVICE: Final = re.compile(r'^\tchain (\S+) \{\n\t\ttype \w+ hook \w+ device "([^"]+)"', re.M)
-FAMILIES: Final = ("inet", "netdev")
 _CAP_NET_ADMIN: Final = 12  # include/uapi/linux/capability.h
 
 
@@ -63,57 +65,75 @@ def load(script: str, *, check: bool = False) -> None:
     raise NftRefusalError(errors or (NftError(0, answer.error.strip() or "no reason given"),))
 
 
+def version() -> str:
+    """The version of libnftables, "" if it does not say. Raises `MachineError` without one."""
+    listing = _list_json("list flowtables")  # of all listings the least
+    return next((item["metainfo"]["version"] for item in listing if "metainfo" in item), "")
+
+
 def tables() -> tuple[str, ...]:
     """All tables that a policy can have, as `family name`, sorted: of inet and netdev."""
-    listing = _list_json("list tables")
-    found = (item["table"] for item in listing if "table" in item)
-    return tuple(sorted(f"{t['family']} {t['name']}" for t in found if t["family"] in FAMILIES))
+    require_rights()
+    with _asking():
+        return tuple(sorted(netlink.tables()))
 
 
-def table(path: str) -> list[dict[str, Any]]:
-    """The objects of a table (`family name`) as libnftables' JSON has them, without elements.
+def table(path: str) -> Running:
+    """A table of ours (`family name`) as the kernel has it.
 
-    Base chains at a device have it as `dev`, which the JSON of 1.0.6 leaves out.
+    Raises `MachineError` if nftables cannot list it.
     """
-    listing = _list_json(f"list table {path}", "terse")
-    chains = [item["chain"] for item in listing if "hook" in item.get("chain", {})]
-    at_device = [c for c in chains if c["hook"] in ("ingress", "egress") and "dev" not in c]
-    if at_device:
-        devices = dict(_DEVICE.findall(table_text(path)))
-        for chain in at_device:
-            chain["dev"] = devices.get(chain["name"], "")
-    return listing
+    text = _list(f"list table {path}", "stateless terse handle")
+    sets = _list_json(f"list sets table {path}", "terse") if "\n\tset " in text else []
+    # Asked for one table's sets, nftables 1.0.6 tells of every table's.
+    family, name = path.split()
+    own = {"family": family, "table": name}
+    sets = [item for item in sets if own.items() <= item.get("set", {}).items()]
+    running = read_table(text, sets)
+    fixed = [name for name, found in running.sets.items() if "interval" in found.flags]
+    # One by one: of several commands, libnftables 1.0.6 finds only the last one's set.
+    values = {
+        name: digest(_list(f"list set {path} {name}", "stateless").splitlines()) for name in fixed
+    }
+    return replace(running, values=values)
 
 
-def table_text(path: str) -> str:
-    """A table as text without elements and counts: the same as long as nobody changes it."""
-    answer = _in_child(f"list table {path}", "stateless terse", False)
-    return answer.output if answer.code == 0 else ""
+def counters(path: str) -> dict[str, tuple[int, int]]:
+    """(packets, bytes) of each named counter of a table."""
+    require_rights()
+    with _asking():
+        return {name: (packets, size) for name, packets, size in netlink.counters(path)}
 
 
-def elements(path: str, name: str) -> list[dict[str, Any]]:
-    """The elements of a set of a table, as libnftables' JSON has them."""
-    for item in _list_json(f"list set {path} {name}"):
-        if "set" in item:
-            return [_element(e) for e in item["set"].get("elem", [])]
-    return []
+def elements(path: str, name: str) -> list[Element]:
+    """The elements of a set of a table; none if there is no such set."""
+    answer = _in_child(f"list set {path} {name}", "", False)
+    return read_elements(answer.output) if answer.code == 0 else []
 
 
-def _element(item: Any) -> dict[str, Any]:
-    found = item["elem"] if isinstance(item, dict) and "elem" in item else {"val": item}
-    value = found["val"]
-    concat = value.get("concat") if isinstance(value, dict) else None
-    return {**found, "val": concat if concat is not None else [value]}
+@contextmanager
+def _asking() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise MachineError(
+            f"the kernel does not tell what runs: {error.strerror}", "does it have nf_tables?"
+        ) from error
 
 
 def _list_json(command: str, flags: str = "") -> list[dict[str, Any]]:
+    output = _list(command, f"json {flags}")
+    listing: list[dict[str, Any]] = json.loads(output)["nftables"] if output else []
+    return listing
+
+
+def _list(command: str, flags: str) -> str:
     require_rights()
-    answer = _in_child(command, f"json {flags}", False)
+    answer = _in_child(command, flags, False)
     if answer.code != 0:
         reason = answer.error.strip().splitlines() or ["no reason given"]
         raise MachineError(f"nftables cannot list what runs: {reason[0]}", "try again")
-    listing: list[dict[str, Any]] = json.loads(answer.output)["nftables"] if answer.output else []
-    return listing
+    return answer.output
 
 
 def require_rights() -> None:
@@ -167,7 +187,9 @@ def _run(script: str, flags: list[str], check: bool) -> _Answer | str:
         return f"libnftables cannot be loaded: {error}"
     # Numbers come back as numbers: the name tables of two hosts may differ.
     nft.set_numeric_proto_output(True)
+    nft.set_numeric_prio_output(True)
     nft.set_json_output("json" in flags)
+    nft.set_handle_output("handle" in flags)
     nft.set_terse_output("terse" in flags)
     nft.set_stateless_output("stateless" in flags)
     if check:

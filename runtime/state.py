@@ -1,200 +1,99 @@
-"""What itm knows beside the kernel: which policies it loaded, from which file, in which order.
+"""What is loaded in this network namespace: the units, their policies' order, what was seen.
 
-One JSON file per network namespace under /run/itm (or $ITM_STATE_DIR). The
-kernel stays the truth about what runs; this is what the kernel cannot tell. The
-file is written whole and renamed, and a lock serialises all that change it.
+The kernel stays the truth about what runs; this is what the kernel cannot tell: the
+texts, what each set is for, and how nftables listed what it was given, so that what
+others change is noticed. Pure; `runtime.store` keeps it on disk.
 """
 
-import fcntl
-import json
-import os
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, Final
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
-from runtime.errors import MachineError
-
-SCHEMA: Final = 2
-_SO_NETNS_COOKIE: Final = 71  # include/uapi/asm-generic/socket.h, Linux 5.14
+from itmlang.nft.model import Table
+from runtime.units import Unit
 
 
 @dataclass(frozen=True)
-class FlowRecord:
-    """A flow of a loaded policy; `sets` are (family, set) that count it, for each family."""
+class Entry:
+    """A loaded policy: is it on, and since when is it loaded (seconds since the epoch)?"""
 
     name: str
-    key: tuple[str, ...]
-    size: int
-    sets: tuple[tuple[int, str], ...]
-    uncounted: str  # the counter of packets that found no room, "" without one (of limits)
-
-
-@dataclass(frozen=True)
-class SetRecord:
-    """A learned set that a policy asks or fills; `sets` are its nftables sets."""
-
-    name: str
-    size: int
-    sets: tuple[str, ...]
-    unlearned: str  # the counter of additions that found no room, "" without one
-
-
-@dataclass(frozen=True)
-class Record:
-    """A loaded policy. `table` is its table's `family name`, shared by policies of one file that
-    share a learned set; there its objects have `prefix` before their names."""
-
-    name: str
-    table: str
-    prefix: str
-    file: str  # absolute, or "-"
-    shown: str  # as the user gave it
-    hooks: tuple[tuple[str, int, str], ...]  # (hook, the kernel's priority, base chain)
-    priority: int
-    classes: tuple[str, ...]
-    flows: tuple[FlowRecord, ...]
-    learned: tuple[SetRecord, ...]
-    noted: tuple[str, ...]  # the counters "sampled" and "recorded", as far as there are any
-    base_chains: dict[str, str]  # for each base chain, nftables text that hangs it in again
-    on: bool = True  # off, its base chains are gone and all else stays
-    digest: str = ""  # of the table's listing, to notice what others changed
-    applied: float = 0.0  # seconds since the epoch
+    on: bool = True
+    applied: float = 0.0
 
 
 @dataclass(frozen=True)
 class State:
-    """All loaded policies of a namespace, in the order they run at equal priority."""
+    """All units of a namespace; `policies` stand in the order they run at equal priority.
 
-    records: tuple[Record, ...] = ()
+    `listed` has, for each table and object, a digest of how the kernel listed it after
+    it was loaded. `generation` is the number under which the state is kept, 0 for none.
+    """
 
-    def of_file(self, file: str) -> tuple[Record, ...]:
-        return tuple(r for r in self.records if r.file == file)
+    units: tuple[Unit, ...] = ()
+    policies: tuple[Entry, ...] = ()
+    listed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    generation: int = 0
 
-    def find(self, name: str) -> Record | None:
-        return next((r for r in self.records if r.name == name), None)
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(entry.name for entry in self.policies)
+
+    def find(self, name: str) -> Entry | None:
+        return next((entry for entry in self.policies if entry.name == name), None)
+
+    def unit(self, file: str) -> Unit | None:
+        return next((unit for unit in self.units if unit.file == file), None)
+
+    def unit_of(self, policy: str) -> Unit:
+        return next(unit for unit in self.units if policy in unit.names)
+
+    def table_of(self, policy: str) -> Table:
+        return self.unit_of(policy).ruleset.table_of(policy)
+
+    def priority(self, policy: str) -> int:
+        return next(p.priority for p in self.unit_of(policy).policies if p.name == policy)
+
+    @property
+    def tables(self) -> Iterator[Table]:
+        for unit in self.units:
+            yield from unit.ruleset.tables
+
+    def with_unit(self, unit: Unit, now: float) -> "State":
+        """The state with a unit in the place of the one from the same file, or behind all others.
+
+        Places among other files' policies are kept, the file's order holds within. What
+        was off stays off.
+        """
+        old = self.unit(unit.file)
+        known = set(old.names) if old else set()
+        queue = [
+            replace(self.find(name) or Entry(name), applied=now) for name in unit.ruleset.order
+        ]
+        placed: list[Entry] = []
+        for entry in self.policies:
+            if entry.name not in known:
+                placed.append(entry)
+                continue
+            # This place belongs to the file's next policy that was there already; new
+            # ones that stand before it come along.
+            while queue:
+                first = queue.pop(0)
+                placed.append(first)
+                if first.name in known:
+                    break
+        units = tuple(unit if one is old else one for one in self.units)
+        return replace(self, units=units if old else (*units, unit), policies=(*placed, *queue))
 
     def without(self, names: set[str]) -> "State":
-        return replace(self, records=tuple(r for r in self.records if r.name not in names))
-
-
-def directory() -> Path:
-    """The folder of this network namespace's state."""
-    base = Path(os.environ.get("ITM_STATE_DIR") or "/run/itm")
-    return base / _namespace()
-
-
-def _namespace() -> str:
-    """A name for the network namespace: its cookie, which is never used again until reboot."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            cookie = probe.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
-            return f"net-{int.from_bytes(cookie, 'little'):x}"
-        except OSError:
-            return f"netns-{os.stat('/proc/thread-self/ns/net').st_ino}"
-
-
-@contextmanager
-def locked() -> Iterator["Store"]:
-    """The state, for changing: at most one process of a namespace is inside.
-
-    Raises `MachineError` if the folder cannot be used or the file is damaged.
-    """
-    folder = directory()
-    try:
-        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise _unusable(folder, error) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield Store(folder, load())
-    finally:
-        os.close(lock)
-
-
-def load() -> State:
-    """The state as it is; empty if nothing was ever loaded.
-
-    Raises `MachineError` if the file is damaged or of another version.
-    """
-    path = directory() / "state.json"
-    try:
-        raw = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return State()
-    except (OSError, UnicodeDecodeError) as error:
-        raise _damaged(path, str(error)) from error
-    try:
-        data = json.loads(raw)
-        if data["schema"] != SCHEMA:
-            raise _damaged(path, f"it has version {data['schema']}, not {SCHEMA}")
-        return State(tuple(_record(item) for item in data["policies"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, f"{type(error).__name__}: {error}") from error
-
-
-def _record(item: dict[str, Any]) -> Record:
-    flows = tuple(
-        FlowRecord(
-            name=flow["name"],
-            key=tuple(flow["key"]),
-            size=flow["size"],
-            sets=tuple((family, name) for family, name in flow["sets"]),
-            uncounted=flow["uncounted"],
+        """The state without some policies."""
+        units = (unit.without(names) if names & set(unit.names) else unit for unit in self.units)
+        return replace(
+            self,
+            units=tuple(unit for unit in units if unit.policies),
+            policies=tuple(entry for entry in self.policies if entry.name not in names),
         )
-        for flow in item["flows"]
-    )
-    learned = tuple(
-        SetRecord(one["name"], one["size"], tuple(one["sets"]), one["unlearned"])
-        for one in item["learned"]
-    )
-    hooks = tuple((hook, priority, chain) for hook, priority, chain in item["hooks"])
-    known = {**item, "flows": flows, "hooks": hooks, "learned": learned}
-    known |= {name: tuple(item[name]) for name in ("classes", "noted")}
-    return Record(**known)
 
-
-@dataclass
-class Store:
-    """The state file, under its lock."""
-
-    folder: Path
-    state: State
-
-    def prepare(self, state: State) -> Path:
-        """Write a state beside the one that holds; `commit` puts it in its place.
-
-        Two steps, so that a full or read-only disk is found before the kernel is
-        touched. Raises `MachineError`.
-        """
-        path = self.folder / "state.json.new"
-        content = {"schema": SCHEMA, "policies": [asdict(record) for record in state.records]}
-        try:
-            with open(path, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise _unusable(self.folder, error) from error
-        return path
-
-    def commit(self, prepared: Path, state: State) -> None:
-        os.replace(prepared, self.folder / "state.json")
-        self.state = state
-
-
-def _unusable(folder: Path, error: OSError) -> MachineError:
-    return MachineError(
-        f"the state folder {folder} cannot be written: {error.strerror}",
-        "run as root, or set ITM_STATE_DIR to a folder that can be written",
-    )
-
-
-def _damaged(path: Path, why: str) -> MachineError:
-    return MachineError(
-        f"the state file {path} cannot be read: {why}",
-        "delete it and apply your policies again; what runs in the kernel stays until then",
-    )
+    def switched(self, names: set[str], *, on: bool) -> "State":
+        """The state with some policies on or off."""
+        entries = (replace(e, on=on) if e.name in names else e for e in self.policies)
+        return replace(self, policies=tuple(entries))

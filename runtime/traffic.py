@@ -1,4 +1,4 @@
-"""Network namespaces, links, addresses and routes; the only user of pyroute2.
+"""Network namespaces, links, addresses, routes and queues; the only user of pyroute2.
 
 Strategy: namespaces are anonymous. A short-lived thread unshares one and leaves
 only an open file that refers to it, so the kernel frees the namespace, with every
@@ -27,6 +27,8 @@ from typing import BinaryIO
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
+from pyroute2.nftables.expressions import genex
+from pyroute2.nftables.main import NFTables
 
 CLONE_NEWNET = 0x40000000
 IFF_UP, IFF_NOARP, IFF_MULTICAST = 0x1, 0x80, 0x1000
@@ -159,6 +161,62 @@ def add_route(ns: Namespace, destination: str, *, via: str) -> None:
         netlink.route("add", family=family, dst=destination, gateway=via)
 
 
+def add_link(ns: Namespace, link: str, kind: str, **options: str) -> None:
+    """Make a link of a kind that needs no other end (`ifb`, `ipip`), down.
+
+    `options` are the kind's own, as pyroute2 names them. Raises TrafficError.
+    """
+    with _netlink(ns, f"create {link}, of kind {kind}") as netlink:
+        netlink.link("add", ifname=link, kind=kind, **options)
+
+
+def add_qdisc(ns: Namespace, link: str, kind: str) -> None:
+    """Give `link` a root qdisc of a kind (`htb`, `netem`), with no options. Raises TrafficError."""
+    with _netlink(ns, f"add the qdisc {kind} to {link}") as netlink:
+        netlink.tc("add", kind, _index(ns, link), handle="1:")
+
+
+def add_bpf_route(ns: Namespace, destination: str, link: str, program: int) -> None:
+    """Route `destination` out of `link`, each packet through a BPF program of `bpf.ON_ROUTE`.
+
+    `program` is its file descriptor. Raises TrafficError.
+    """
+    encap = {"type": "bpf", "xmit": {"fd": program, "name": "itm"}}
+    with _netlink(ns, f"add a route to {destination} through BPF") as netlink:
+        netlink.route("add", dst=destination, oif=_index(ns, link), encap=encap)
+
+
+def add_bpf_filter(ns: Namespace, link: str, program: int) -> None:
+    """Let each packet that comes in at `link` go through a BPF program of `bpf.ON_LINK`.
+
+    `program` is its file descriptor. Raises TrafficError.
+    """
+    with _netlink(ns, f"let {link} go through BPF") as netlink:
+        index = _index(ns, link)
+        netlink.tc("add", "clsact", index)
+        netlink.tc(
+            "add-filter", "bpf", index, ":1",
+            fd=program, name="itm", parent="ffff:fff2", classid=1, direct_action=True,
+        )  # fmt: skip
+
+
+def add_xt_queue_rule(ns: Namespace, table: str, chain: str, queue: int) -> None:
+    """Add a rule to a chain of an inet table: packets to a queue, past it if nobody listens.
+
+    It is the target NFQUEUE of xtables, for kernels without nftables' own `queue`.
+    Raises TrafficError.
+    """
+    info = struct.pack("=HHH2x", queue, 1, 1)  # xt_NFQ_info_v3: the first, how many, 1 for bypass
+    target = genex("target", {"name": "NFQUEUE", "rev": 3, "info": info})
+    what = f"add an xt queue rule to {table} {chain}"
+    with (
+        ns.entered(),
+        _refusals(f"namespace {ns.name}: cannot {what}"),
+        NFTables(nfgen_family=1) as nftables,
+    ):
+        nftables.rule("add", table=table, chain=chain, expressions=([target],))
+
+
 def set_sysctl(ns: Namespace, name: str, value: str) -> None:
     """Write `value` to /proc/sys/`name` as seen in `ns`; `name` begins with "net/".
 
@@ -252,7 +310,7 @@ def _reason(code: int | None, error: Exception) -> str:
         case errno.EPERM | errno.EACCES:
             return "this needs root (CAP_SYS_ADMIN and CAP_NET_ADMIN)"
         case errno.EOPNOTSUPP:
-            return "this kernel has no support for it (a link needs the module veth)"
+            return "this kernel has no support for it (is a module missing?)"
         case errno.EROFS:
             return "/proc/sys is read-only here (an unprivileged container?)"
         case None:

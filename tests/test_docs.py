@@ -45,7 +45,15 @@ def test_the_ruleset_is_what_compile_prints():
 
 @pytest.mark.parametrize(
     "name",
-    ["README.md", "ARCHITECTURE.md", "docs/language.md", "docs/library.md", "docs/cookbook.md"],
+    [
+        "README.md",
+        "ARCHITECTURE.md",
+        "docs/language.md",
+        "docs/library.md",
+        "docs/cookbook.md",
+        "docs/doctor.md",
+        "docs/boot.md",
+    ],
 )
 def test_links_lead_somewhere(name):
     path = ROOT / name
@@ -62,7 +70,7 @@ def test_the_readmes_site_holds_what_it_tests(tmp_path):
 
 
 def test_every_command_named_exists():
-    for name in re.findall(r"^ +itmc ([a-z]+)", README, re.MULTILINE):
+    for name in re.findall(r"^ +itmc ([a-z-]+)", README, re.MULTILINE):
         assert name in COMMANDS
 
 

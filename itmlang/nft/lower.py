@@ -20,22 +20,19 @@ Policies that share a learned set share a table: nftables' rules reach no furthe
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from itmlang import ir, rates, values
 from itmlang.diagnostics import Findings
 from itmlang.fields import ANY_FAMILY, EGRESS, Field, hook_kind
 from itmlang.nft.match import (
+    FlowNames,
     Leaf,
-    flow_set,
     key_match,
     matches,
     named_set,
-    over_set,
     refers,
-    threshold_name,
-    young_set,
 )
 from itmlang.nft.model import (
     MANGLE,
@@ -73,9 +70,6 @@ DEEPEST_CHAIN: Final = 16
 # from whatever bytes come there (measured on 6.18), so rules must leave them out.
 _LATER_FRAGMENT: Final = {IPV4: "ip frag-off & 0x1fff != 0", IPV6: "frag frag-off != 0"}
 
-# nft_limit keeps burst * unit in nanoseconds in 64 bits. A bucket refills by one
-# packet a unit, so the longest unit that the burst allows is the most exact one.
-_LIMIT_UNITS: Final = {"week": 604_800, "day": 86_400, "hour": 3_600, "minute": 60, "second": 1}
 # A flow stays over a rate for so long after its bucket ran out, in milliseconds.
 OVER_RATE: Final = 1000
 # The bit of the mark that says that a change of a learned set was made (see `actions.mark`).
@@ -109,9 +103,10 @@ def lower(file: str, policies: Sequence[Simplified], findings: Findings) -> Rule
 def _groups(policies: Sequence[Simplified]) -> list[list[Simplified]]:
     """The policies by table: those that share a learned set together, by the first of them."""
     groups: list[list[Simplified]] = []
+    learned = {one.policy.name: set(one.policy.learned) for one in policies}
     for one in policies:
-        learned = set(one.policy.learned)
-        joined = [g for g in groups if learned & {s for o in g for s in o.policy.learned}]
+        own = learned[one.policy.name]
+        joined = [g for g in groups if any(own & learned[o.policy.name] for o in g)]
         merged = [other for group in joined for other in group] + [one]
         if joined:
             groups[groups.index(joined[0])] = merged
@@ -127,13 +122,16 @@ def _value_sets(table: Table, group: Iterable[Simplified]) -> None:
     found: dict[str, ValueSet] = {}
     for one in group:
         for test in one.tests():
+            if test.named is None:
+                continue
             for family in FAMILIES if test.field.by_family else (ANY_FAMILY,):
-                if refers(test, family) and test.named is not None:
+                if refers(test, family):
                     name = named_set(test.named, family)
                     if name not in found:
                         found[name] = _value_set(name, test.named, test.field, family)
-    rules = [_QUOTED.sub("", rule.text) for chain in table.chains for rule in chain.rules]
-    named = {word for text in rules for word in re.findall(r"@((?:set)_\w+)", text)}
+    rules = (rule.text for chain in table.chains for rule in chain.rules)
+    asking = (_QUOTED.sub("", text) for text in rules if "@set_" in text) if found else ()
+    named = {word for text in asking for word in re.findall(r"@(set_\w+)", text)}
     table.values.extend(found[name] for name in sorted(found) if name in named)
 
 
@@ -168,6 +166,7 @@ class _Lowering:
         self.findings = findings
         self.table = table
         self.prefix = table.prefix(self.policy.name)
+        self.names = FlowNames(self.prefix, self._labels())
         self._names: dict[str, int] = {}
         self._counted: set[str] = set()  # the names of our counters
         self._shared = shared
@@ -369,7 +368,9 @@ class _Lowering:
             self._rule(chain, target, condition.span, label)
             return
         # What needs the fallback comes last: before it, others may still hold.
-        alternatives = sorted(disjuncts(condition), key=lambda t: not _positive(t))
+        alternatives = disjuncts(condition)
+        if len(alternatives) > 1:
+            alternatives = tuple(sorted(alternatives, key=lambda t: not _positive(t)))
         for index, term in enumerate(alternatives):
             last = index == len(alternatives) - 1
             self._emit_conjunction(chain, term, target, fallback if last else "", label)
@@ -414,10 +415,33 @@ class _Lowering:
     def _match(
         self, chain: Chain, leaves: Sequence[Leaf], verdict: str, span: Span, label: str
     ) -> None:
-        for _, text in matches(leaves, self.facts, self.prefix):
+        for _, text in matches(leaves, self.facts, self.names):
             self._rule(chain, f"{text} {verdict}", span, label)
 
     # Logging.
+
+    def _labels(self) -> dict[tuple[str, str, int], str]:
+        """For thresholds that come from a parameter, its name: by flow, attribute and value."""
+        labels: dict[tuple[str, str, int], str] = {}
+        for flow in self.policy.flows:
+            for attribute, thresholds in self._asked(flow).items():
+                for threshold, span in thresholds:
+                    words = re.findall(r"\w+", span.text)
+                    named = [word for word in words if word in self.policy.parameters]
+                    if named:
+                        labels[flow.name, attribute, threshold] = self._label(
+                            named[0], (flow.name, attribute), labels
+                        )
+        return labels
+
+    @staticmethod
+    def _label(name: str, asked: tuple[str, str], known: Mapping[tuple[str, str, int], str]) -> str:
+        """A label that no other threshold of the flow has: `threshold`, `threshold_2`."""
+        # `over_x` would read as another set's name.
+        stem = f"param_{name}" if name.startswith("over_") else name
+        taken = {label for key, label in known.items() if key[:2] == asked}
+        names = (stem, *(f"{stem}_{number}" for number in range(2, len(taken) + 3)))
+        return next(label for label in names if label not in taken)
 
     def _asked(self, flow: ir.Flow) -> dict[str, list[tuple[int, Span]]]:
         """For each attribute, the thresholds (number, place) that are asked of a flow, sorted."""
@@ -487,19 +511,22 @@ class _Lowering:
         guard, key = matched
         asked = self._asked(flow)
         ages = [threshold for threshold, _ in asked.get("age", ())]
+        known = self.names.over(flow, "packets", 0, family)
         for threshold in ages:
             # Put among the young by its first packet, and taken out by time alone.
-            young = young_set(flow, threshold, family)
-            known = self.prefix + over_set(flow, "packets", 0, family)
+            young = self.names.meter(flow, "age", threshold, family)
             # A young flow may outlive its entry, so there can be more of them than entries:
             # each place in the table is taken anew once a time-out at most.
             often = 0 if flow.timeout is None else -(-threshold // flow.timeout)
             size = min(flow.size * (1 + often), _MOST_ELEMENTS)
-            self._flow_set(flow, young, "over", family, key, timeout=threshold, size=size)
+            self._flow_set(
+                flow, young, "young", family, key, timeout=threshold, size=size,
+                attribute="age", threshold=threshold,
+            )  # fmt: skip
         if ages:
             # Known first: what finds no room there is not young either.
             entries = "".join(
-                f"update @{self.prefix}{young_set(flow, threshold, family)} {{ {key} }} "
+                f"update @{self.names.meter(flow, 'age', threshold, family)} {{ {key} }} "
                 for threshold in ages
             )
             new = f"{key} != @{known} update @{known} {{ {key} }} {entries}"
@@ -511,22 +538,25 @@ class _Lowering:
         if ages:
             zero["packets"] = None
         entry = "".join(self._latch(flow, attribute, 0, family, key) for attribute in sorted(zero))
-        metered = [threshold for threshold in totals if threshold[1]]
-        stem = first = flow_set(flow, family)
-        for index, (attribute, number, span) in enumerate(metered):
-            name = f"{stem}_{threshold_name(attribute, number)}"
-            first = first if index else name
-            self._flow_set(flow, name, "meter" if index else "count", family, key)
-            latch = self._latch(flow, attribute, number, family, key)
+        # The counter is in a set of its own, which a moved threshold leaves alone.
+        counting = self.names.count(flow, family)
+        self._flow_set(flow, counting, "count", family, key, statement="counter")
+        update = f"{entry}update @{counting} {{ {key} counter }} "
+        for attribute, number, span in (total for total in totals if total[1]):
+            name = self.names.meter(flow, attribute, number, family)
             meter = self._meter(attribute, number, span)
-            update = f"update @{self.prefix}{name} {{ {key} counter {meter} }} {latch}"
-            self._rule(chain, f"{guard} {'' if index else entry}{update}", count.span)
-        if not metered:
-            self._flow_set(flow, stem, "count", family, key)
-            update = f"update @{self.prefix}{stem} {{ {key} counter }}"
-            self._rule(chain, f"{guard} {entry}{update}", count.span)
+            self._flow_set(
+                flow, name, "meter", family, key,
+                statement=meter, attribute=attribute, threshold=number,
+            )  # fmt: skip
+            latch = self._latch(flow, attribute, number, family, key)
+            metered = f"update @{name} {{ {key} {meter} }} {latch}"
+            self._rule(chain, f"{guard} {update}{metered}", count.span)
+            update = ""
+        if update:
+            self._rule(chain, f"{guard} {update}", count.span)
         uncounted = self._counter(f"flow_{flow.name}_uncounted", "uncounted", flow.name, count.span)
-        self._rule(chain, f"{guard} {key} != @{self.prefix}{first} {uncounted}", count.span)
+        self._rule(chain, f"{guard} {key} != @{counting} {uncounted}", count.span)
         for attribute in ("byte_rate", "packet_rate"):
             for threshold, span in asked.get(attribute, ()):
                 self._rate(chain, count, family, guard, key, attribute, threshold, span)
@@ -553,37 +583,40 @@ class _Lowering:
                 help=rates.advice(amount, seconds, 0, in_bytes),
             )  # fmt: skip
             return
-        name = f"{flow_set(flow, family)}_{threshold_name(attribute, threshold)}"
-        self._flow_set(flow, name, "meter", family, key)
-        over = over_set(flow, attribute, threshold, family)
-        self._flow_set(flow, over, "over", family, key, timeout=OVER_RATE)
+        name = self.names.meter(flow, attribute, threshold, family)
         limit = _limit(amount, seconds, in_bytes, 0 if in_bytes else amount)
-        update = f"update @{self.prefix}{name} {{ {key} {limit} }}"
-        self._rule(chain, f"{guard} {update} update @{self.prefix}{over} {{ {key} }}", count.span)
+        self._flow_set(flow, name, "bucket", family, key, statement=limit)
+        over = self.names.over(flow, attribute, threshold, family)
+        self._flow_set(flow, over, "recent", family, key, timeout=OVER_RATE)
+        update = f"update @{name} {{ {key} {limit} }}"
+        self._rule(chain, f"{guard} {update} update @{over} {{ {key} }}", count.span)
 
     def _connections(
         self, chain: Chain, count: ir.Count, family: int, guard: str, key: str, threshold: int
     ) -> None:
         """The flow's open connections, counted by conntrack; over or not as of this packet."""
         flow = count.flow
-        name = f"{flow_set(flow, family)}_{threshold_name('connections', threshold)}"
+        name = self.names.meter(flow, "connections", threshold, family)
         # The kernel takes no time-out here; it drops elements without connections.
-        self._flow_set(flow, name, "meter", family, key, timeout=None, timed=False)
-        over = over_set(flow, "connections", threshold, family)
-        self._flow_set(flow, over, "over", family, key)
+        self._flow_set(
+            flow, name, "connections", family, key,
+            timeout=None, timed=False, statement=f"ct count over {threshold}",
+        )  # fmt: skip
+        over = self.names.over(flow, "connections", threshold, family)
+        self._flow_set(flow, over, "busy", family, key)
         inner = self._numbered("connections", count.span)
         # The kernel would count a packet of no connection as one, or drop it if it cannot.
         tracked = "ct state != { invalid, untracked }"
         self._rule(chain, f"{guard} {tracked} jump {inner.name}", count.span)
-        update = f"update @{self.prefix}{over} {{ {key} }}"
-        counted = f"add @{self.prefix}{name} {{ {key} ct count over {threshold} }}"
+        update = f"update @{over} {{ {key} }}"
+        counted = f"add @{name} {{ {key} ct count over {threshold} }}"
         self._rule(inner, f"{counted} {update} return", count.span)
-        self._rule(inner, f"delete @{self.prefix}{over} {{ {key} }}", count.span)
+        self._rule(inner, f"delete @{over} {{ {key} }}", count.span)
 
     def _latch(self, flow: ir.Flow, attribute: str, threshold: int, family: int, key: str) -> str:
-        name = over_set(flow, attribute, threshold, family)
-        self._flow_set(flow, name, "over", family, key)
-        return f"update @{self.prefix}{name} {{ {key} }} "
+        name = self.names.over(flow, attribute, threshold, family)
+        self._flow_set(flow, name, "over", family, key, attribute=attribute, threshold=threshold)
+        return f"update @{name} {{ {key} }} "
 
     def _meter(self, attribute: str, threshold: int, span: Span) -> str:
         """The statement that lets a rule go on from the packet after the threshold."""
@@ -595,9 +628,7 @@ class _Lowering:
                 help="ask for bytes instead",
             )  # fmt: skip
             return ""
-        unit = next(
-            name for name, seconds in _LIMIT_UNITS.items() if threshold * seconds * 10**9 < 2**64
-        )
+        unit = rates.slowest(threshold, in_bytes=False)
         return f"limit rate over 1/{unit} burst {threshold} packets"
 
     def _flow_set(
@@ -611,11 +642,14 @@ class _Lowering:
         timeout: int | None = -1,
         timed: bool = True,
         size: int = 0,
+        statement: str = "",
+        attribute: str = "",
+        threshold: int = 0,
     ) -> None:
         """A set of the flow's; its time-out and size are the flow's if none is given."""
         self.table.sets.append(
             FlowSet(
-                name=self.prefix + name,
+                name=name,
                 policy=self.policy.name,
                 flow=flow.name,
                 role=role,
@@ -627,6 +661,9 @@ class _Lowering:
                 timeout=flow.timeout if timeout == -1 else timeout,
                 span=flow.span,
                 timed=timed,
+                statement=statement,
+                attribute=attribute,
+                threshold=threshold,
             )
         )
 
@@ -706,9 +743,9 @@ class _Lowering:
             if matched is None:
                 continue
             guard, key = matched
-            name = f"{flow_set(flow, family)}_limit_{buckets}"
-            self._flow_set(flow, name, "limit", family, key)
-            text = f"{guard} update @{self.prefix}{name} {{ {key} {over} }} {target}"
+            name = f"{self.names.count(flow, family)}_limit_{buckets}"
+            self._flow_set(flow, name, "limit", family, key, statement=over)
+            text = f"{guard} update @{name} {{ {key} {over} }} {target}"
             self._rule(chain, text, limit.span, label)
 
     # Updating.
@@ -840,6 +877,7 @@ def _reach(table: Table, findings: Findings) -> None:
             word
             for chain in level
             for rule in chain.rules
+            if "goto " in rule.text or "jump " in rule.text
             for word in _QUOTED.sub("", rule.text).replace(",", " ").split()
             if word in follow
         }

@@ -7,13 +7,13 @@ leaves to its reader is made explicit here: a port is one only behind a protocol
 that has ports, an interface name only where there is an interface.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from itmlang import ir, values
 from itmlang.fields import ANY_FAMILY, EGRESS, FIELDS, INGRESS, Field, hook_kind
 from itmlang.rates import period
-from itmlang.simplify import Facts
+from itmlang.simplify import Facts, protocols_of
 from itmlang.source import Span
 from itmlang.values import IPV4, Names, Ranges, ValueSet
 
@@ -26,6 +26,34 @@ _IPV6_HEADER, _LONGEST = 40, 65_535
 
 # The protocols whose header nft knows by name, for `tcp sport` instead of `th sport`.
 _HEADERS = {6: "tcp", 17: "udp", 33: "dccp", 132: "sctp", 136: "udplite"}
+
+
+@dataclass(frozen=True)
+class FlowNames:
+    """How the sets of a policy's flows are called.
+
+    A threshold that comes from a parameter goes by the parameter's name (`labels`, by
+    flow, attribute and value), so that its sets stay the same when the value moves.
+    """
+
+    prefix: str = ""
+    labels: Mapping[tuple[str, str, int], str] = field(default_factory=dict)
+
+    def count(self, flow: ir.Flow, family: int) -> str:
+        """The set with a counter for each flow."""
+        return self.prefix + flow_set(flow, family)
+
+    def meter(self, flow: ir.Flow, attribute: str, threshold: int, family: int) -> str:
+        """The set whose elements tell when a flow passes a threshold; of an age, the young."""
+        return f"{self.count(flow, family)}_{self._threshold(flow, attribute, threshold)}"
+
+    def over(self, flow: ir.Flow, attribute: str, threshold: int, family: int) -> str:
+        """The set of the flows that are past a threshold."""
+        return f"{self.count(flow, family)}_over_{self._threshold(flow, attribute, threshold)}"
+
+    def _threshold(self, flow: ir.Flow, attribute: str, threshold: int) -> str:
+        label = self.labels.get((flow.name, attribute, threshold))
+        return f"{label}_{attribute}" if label else threshold_name(attribute, threshold)
 
 
 @dataclass(frozen=True)
@@ -44,18 +72,18 @@ class Context:
         return "th"
 
 
-def matches(terms: Sequence[Leaf], facts: Facts, prefix: str = "") -> Iterator[tuple[int, str]]:
+def matches(terms: Sequence[Leaf], facts: Facts, names: FlowNames) -> Iterator[tuple[int, str]]:
     """(family, match) for each family of packets on which all of the terms can hold.
 
     The family is ANY_FAMILY where one match serves both. An empty match holds
-    for every packet. `prefix` stands before the names of flow sets.
+    for every packet. `names` are those of flow sets.
     """
     context, guard, rest = _guard(terms, facts)
     if context.protocols.empty:
         return
     names_family = any(_by_family(term, facts) for term in rest)
     for family in facts.families if names_family else (ANY_FAMILY,):
-        parts = [_leaf(term, family, context, prefix) for term in rest]
+        parts = [_leaf(term, family, context, names) for term in rest]
         if any(part is None for part in parts):
             continue
         texts = [part for part in parts if part]
@@ -106,16 +134,6 @@ def threshold_name(attribute: str, threshold: int) -> str:
             return f"{amount}_bytes_per_{unit}"
         case _:
             return f"{threshold}_{attribute}"
-
-
-def over_set(flow: ir.Flow, attribute: str, threshold: int, family: int) -> str:
-    """The name of the set of flows that are past a threshold."""
-    return f"{flow_set(flow, family)}_over_{threshold_name(attribute, threshold)}"
-
-
-def young_set(flow: ir.Flow, threshold: int, family: int) -> str:
-    """The name of the set of flows that are not older than a threshold, in milliseconds."""
-    return f"{flow_set(flow, family)}_{threshold_name('age', threshold)}"
 
 
 def named_set(one: ir.AnySet, family: int) -> str:
@@ -186,12 +204,12 @@ def _guard(terms: Sequence[Leaf], facts: Facts) -> tuple[Context, list[str], lis
         else:
             rest.append(term)
     possible = known
-    for protocols in (f.protocols for t in rest for f in _fields(t) if f.protocols is not None):
-        possible = possible.intersection(Ranges.of(255, [(p, p) for p in protocols]))
+    for protocols in (protocols_of(f) for t in rest for f in _fields(t) if f.protocols is not None):
+        possible = possible.intersection(protocols)
     context = Context(facts, possible)
     if possible.empty or (not asked and possible == facts.protocols):
         return context, [], rest
-    spelled = any("{proto}" in e for t in rest for f in _fields(t) for e in f.nft.values())
+    spelled = any(f.by_protocol for t in rest for f in _fields(t))
     said = any(f.says_protocol for t in rest for f in _fields(t))
     if (spelled and context.header != "th") or said:
         return context, [], rest  # nft puts `meta l4proto` before `tcp sport` by itself
@@ -204,7 +222,7 @@ def _expression(field: Field, family: int, context: Context) -> str:
     return expression.format(proto=context.header)
 
 
-def _leaf(term: Leaf, family: int, context: Context, prefix: str) -> str | None:
+def _leaf(term: Leaf, family: int, context: Context, names: FlowNames) -> str | None:
     """The match for one term: "" if it always holds for the family, None if it never does."""
     if not isinstance(term, ir.Over) and not term.field.in_family(family) and family != ANY_FAMILY:
         return None
@@ -216,12 +234,12 @@ def _leaf(term: Leaf, family: int, context: Context, prefix: str) -> str | None:
             )
             key = key_expression(term.flow, family, context)
             if term.attribute == "age":
-                known = over_set(term.flow, "packets", 0, own)
-                young = young_set(term.flow, term.threshold, own)
-                text = f"{present} {key} @{prefix}{known} {key} != @{prefix}{young}"
+                known = names.over(term.flow, "packets", 0, own)
+                young = names.meter(term.flow, "age", term.threshold, own)
+                text = f"{present} {key} @{known} {key} != @{young}"
             else:
-                name = over_set(term.flow, term.attribute, term.threshold, own)
-                text = f"{present} {key} @{prefix}{name}"
+                name = names.over(term.flow, term.attribute, term.threshold, own)
+                text = f"{present} {key} @{name}"
             return text.strip()
         case ir.Member():
             present = "" if context.facts.always_has(term.field) else term.field.present
@@ -285,12 +303,13 @@ def _set(field: Field, family: int, found: Ranges) -> str:
     """The right side of a match: a value, a range, a set, or what it must not be."""
     if field.listed:
         return _elements(field, family, found)
-    outside = found.complement()
     if found.full:
         # In numbers, for names do not stand in ranges.
         return f"{0:{field.nft_format}}-{found.limit:{field.nft_format}}"
-    if _written(field, outside) < _written(field, found):
-        return "!= " + _elements(field, family, outside).removeprefix("== ")
+    if len(found.spans) > 1:
+        outside = found.complement()
+        if _written(field, outside) < _written(field, found):
+            return "!= " + _elements(field, family, outside).removeprefix("== ")
     if (len(found.spans) == 1 and family not in values.FAMILIES) or field.type.kind != "address":
         (lo, hi), *more = found.spans
         if not more and lo == 0 and hi > 0:

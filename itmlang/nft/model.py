@@ -65,10 +65,14 @@ class Counter:
 class FlowSet:
     """A dynamic set with one element a flow.
 
-    `role` is "count" (elements carry a counter; `key` names the fields), "meter"
-    (a further threshold of the same flow), "limit" (the buckets of a limit for each
-    flow), "over" (the flows past a threshold) or
-    "learned" (a learned set's elements, `flow` is the set's name).
+    `role` is "count" (elements carry a counter; `key` names the fields), "meter" (what
+    is left of a flow's packets or bytes until a threshold), "over" (the flows past one),
+    "young" (those not older than an age), "bucket" and "recent" (of a rate, and the
+    flows that went over it within a second), "connections" and "busy" (of a flow's
+    connections, and the flows with too many), "limit" (the buckets of a limit for each
+    flow) or "learned" (a learned set's elements, `flow` is the set's name).
+    `statement` is what new elements hold; `attribute` and `threshold` are those of
+    meter, over and young.
     `timeout` is in milliseconds; None for none, and `timed` tells whether elements
     may still bring their own.
     """
@@ -85,6 +89,9 @@ class FlowSet:
     timeout: int | None
     span: Span
     timed: bool = True
+    statement: str = ""
+    attribute: str = ""
+    threshold: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,20 +108,27 @@ class ValueSet:
 class Table:
     """All that one policy brings into the kernel, or several that share a learned set.
 
-    Then chains, counters and flow sets have their policy's name before a dot.
+    Then chains, counters and flow sets have their policy's name before a dot, and the
+    table is called by the first of them (`title`), also when that one is taken away.
     """
 
     policies: tuple[str, ...]
     span: Span
     family: str = "inet"  # or "netdev"
+    title: str = ""
+    shared: bool = False
     counters: list[Counter] = field(default_factory=list)
     values: list[ValueSet] = field(default_factory=list)
     sets: list[FlowSet] = field(default_factory=list)
     chains: list[Chain] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.title = self.title or self.policies[0]
+        self.shared = self.shared or len(self.policies) > 1
+
     @property
     def name(self) -> str:
-        return TABLE_PREFIX + self.policies[0]
+        return TABLE_PREFIX + self.title
 
     @property
     def path(self) -> str:
@@ -123,7 +137,7 @@ class Table:
 
     def prefix(self, policy: str) -> str:
         """What stands before a policy's names."""
-        return f"{policy}." if len(self.policies) > 1 else ""
+        return f"{policy}." if self.shared else ""
 
     @property
     def base_chains(self) -> list[Chain]:

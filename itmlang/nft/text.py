@@ -9,6 +9,7 @@ nftables runs base chains of equal priority last-registered first, so tables are
 printed in reverse: the file's first policy is registered last and runs first.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -74,18 +75,27 @@ def _hang_in_order(printer: _Printer, ruleset: Ruleset) -> None:
         printer.line("}")
 
 
-def print_base_chains(table: Table, policy: str) -> dict[str, str]:
-    """For each base chain of a policy, the text that hangs it in again: the chain alone."""
-    texts = {}
-    for chain in table.base_chains:
-        if chain.policy != policy:
-            continue
-        printer = _Printer()
-        printer.line(f"table {table.path} {{")
+def print_part(
+    table: Table,
+    *,
+    counters: Iterable[Counter] = (),
+    values: Iterable[ValueSet] = (),
+    sets: Iterable[FlowSet] = (),
+    chains: Iterable[Chain] = (),
+) -> Text:
+    """Some objects of a table, as a block that adds them to it."""
+    printer = _Printer()
+    printer.line(f"table {table.path} {{", table.span)
+    for counter in counters:
+        _counter(printer, counter)
+    for value_set in values:
+        _value_set(printer, value_set)
+    for flow_set in sets:
+        _set(printer, flow_set)
+    for chain in chains:
         _chain(printer, chain)
-        printer.line("}")
-        texts[chain.name] = printer.done().text
-    return texts
+    printer.line("}")
+    return printer.done()
 
 
 def _order(ruleset: Ruleset) -> list[str]:
@@ -125,7 +135,7 @@ def _table(printer: _Printer, table: Table) -> None:
 
 def _in_reverse(table: Table) -> list[Chain]:
     """The chains; of several policies the last comes first, for the order at one hook."""
-    if len(table.policies) == 1:
+    if not table.shared:
         return table.chains
     order = list(table.policies)
     return sorted(table.chains, key=lambda c: -order.index(c.policy) if c.policy else 1)
@@ -170,10 +180,11 @@ def _chain(printer: _Printer, chain: Chain) -> None:
         printer.line(f"\t\t{_hook(chain)}", chain.span)
     shown = 0
     for rule in chain.rules:
-        if rule.span.line != shown:
-            shown = rule.span.line
+        line = rule.span.line
+        if line != shown:
+            shown = line
             printer.line(f"\t\t# {shown}: {_quoted(rule.span)}")
-        printer.line(f'\t\t{rule.text} comment "{comment(rule)}"', rule.span)
+        printer.line(f"\t\t{rule_line(rule)}", rule.span)
     printer.line("\t}")
     printer.line()
 
@@ -184,6 +195,11 @@ def _hook(chain: Chain) -> str:
     kind, _, device = chain.hook.name.partition(" ")
     hook = f"type {chain.hook.kind} hook {kind}" + (f" device {device}" if device else "")
     return f"{hook} priority {chain.hook.priority}; policy accept;"
+
+
+def rule_line(rule: Rule) -> str:
+    """A rule with its comment, as it is added."""
+    return f'{rule.text} comment "{comment(rule)}"'
 
 
 def comment(rule: Rule) -> str:
@@ -204,4 +220,5 @@ def _quoted(span: Span) -> str:
 
 def _plain(text: str) -> str:
     """Text without characters that would end a line or upset a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text.replace("\t", " "))
+    text = text.replace("\t", " ")
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)

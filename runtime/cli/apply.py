@@ -3,26 +3,56 @@
 import click
 
 from runtime.apply import Applied, apply
-from runtime.cli.files import compiled, file_argument
+from runtime.cli.files import file_argument, unit
 from runtime.cli.output import warn
+from runtime.cli.span import seconds
+from runtime.errors import UsageError
+from runtime.store import load
+from runtime.warden import wait
 
 
 @click.command()
 @file_argument
 @click.option("--dry-run", is_flag=True, help="Ask the kernel whether it would take it; no change.")
-def command(file: str | None, dry_run: bool) -> None:
+@click.option(
+    "--digest", default="", metavar="D", help="Only if the plan is still the one with this digest."
+)
+@click.option(
+    "--confirm",
+    default="",
+    metavar="TIME",
+    help="Roll back after this time (60s, 5m) unless `itmc confirm` comes.",
+)
+@click.option("--wait", "waiting", is_flag=True, help="With --confirm: wait for either.")
+def command(file: str | None, dry_run: bool, digest: str, confirm: str, waiting: bool) -> None:
     """Load the policies of FILE into the kernel of this network namespace.
 
     All of it or nothing. Applying a file again replaces what it brought; flows keep
-    their counts and classes their counters, unless a flow's key or threshold changed,
-    or policies began or ceased to share a learned set.
+    their counts and classes their counters. `itmc plan` shows before what would change.
     """
-    report(apply(compiled(file), check=dry_run), "would load" if dry_run else "loaded")
+    time = seconds(confirm) if confirm else 0.0
+    if waiting and not confirm:
+        raise UsageError("--wait goes with --confirm", "as in `itmc apply --confirm 60s --wait`")
+    if dry_run and confirm:
+        raise UsageError("--dry-run changes nothing: there is nothing to confirm")
+    known = load()
+    done = apply(unit(file, known), known=known, check=dry_run, digest=digest, confirm=time)
+    report(done, "would load" if dry_run else "loaded")
+    if not confirm:
+        return
+    if not done.generation:
+        click.echo("nothing changed: there is nothing to confirm")
+        return
+    click.echo(f"`itmc confirm` within {confirm} keeps it, else it is rolled back")
+    if waiting:
+        wait(done.generation)
+        click.echo("confirmed")
 
 
 def report(done: Applied, verb: str) -> None:
     """Say what was done."""
-    click.echo(f"{verb} {', '.join(done.loaded)}")
+    unchanged = ": as it was" if done.plan.empty else ""
+    click.echo(f"{verb} {', '.join(done.loaded)}{unchanged}")
     if done.removed:
         click.echo(f"removed {', '.join(done.removed)} (no longer in the file)")
     if done.off:
@@ -32,9 +62,9 @@ def report(done: Applied, verb: str) -> None:
             f"there is no device {', '.join(done.absent)} here yet",
             "what stands at it begins when it comes up",
         )
-    if done.lost:
+    for change in done.plan.lost:
         warn(
-            f"these flow tables start again from zero: {', '.join(done.lost)}",
-            "a key or a threshold changed, the flow is gone, or policies began or ceased to "
-            "share a learned set (then class counters start again, too)",
+            f"{change.policy or change.table}: {change.name} starts again from zero: {change.note}"
         )
+    if done.unkept:
+        warn(f"this would not survive a reboot: {done.unkept}")

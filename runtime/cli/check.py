@@ -4,18 +4,19 @@ import click
 
 from itmlang.diagnostics import CompileError
 from runtime.cli.exits import POLICY_WRONG
-from runtime.cli.files import compiled
+from runtime.cli.files import capabilities, compiled, machine_option
 from runtime.cli.output import show
 
 
 @click.command()
 @click.argument("files", nargs=-1, type=click.Path())
-def command(files: tuple[str, ...]) -> None:
+@machine_option
+def command(files: tuple[str, ...], machine: str | None) -> None:
     """Parse and check policy FILES; warn about what cannot be meant. No root needed."""
-    wrong = False
+    wrong, target = False, capabilities(machine)
     for name in files or (None,):
         try:
-            result = compiled(name)
+            result = compiled(name, target)
         except CompileError as error:
             show(error.diagnostics)
             wrong = True

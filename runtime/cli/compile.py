@@ -11,7 +11,7 @@ from itmlang.nft.text import comment
 from itmlang.pipeline import Compiled
 from itmlang.source import Span
 from itmlang.unparse import condition_text
-from runtime.cli.files import compiled, file_argument, write
+from runtime.cli.files import capabilities, compiled, file_argument, machine_option, write
 from runtime.cli.output import as_json, table
 from runtime.errors import UsageError
 
@@ -29,12 +29,20 @@ from runtime.errors import UsageError
     help="The form of queue rules. Nothing is queued yet, so both give the same text.",
 )  # fmt: skip
 @click.option("--placement", is_flag=True, help="List what runs where and why, instead.")
-def command(file: str | None, output: str | None, form: str, against: str, placement: bool) -> None:
+@machine_option
+def command(
+    file: str | None,
+    output: str | None,
+    form: str,
+    against: str,
+    placement: bool,
+    machine: str | None,
+) -> None:
     """Print the nftables ruleset for FILE, commented with the policy's lines.
 
     It is the very text that `itmc apply` loads. No root needed.
     """
-    result = compiled(file)
+    result = compiled(file, capabilities(machine))
     if placement:
         rows = [(p.policy, p.part, p.where, p.reason) for p in result.placements]
         table(("policy", "part", "runs in", "because"), rows)

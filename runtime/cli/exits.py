@@ -1,7 +1,7 @@
 """Failures -> messages on stderr and exit codes, in one place.
 
 0 done; 1 the policy is wrong; 2 wrong use of the command; 3 the machine refused,
-nothing changed.
+nothing changed; 4 `plan --exit-code` and there are changes; 5 rolled back.
 """
 
 from typing import Final
@@ -10,11 +10,13 @@ import click
 
 from itmlang.diagnostics import CompileError
 from runtime.cli.output import show, warn
-from runtime.errors import MachineError, UsageError
+from runtime.errors import MachineError, RolledBackError, UsageError
 
 POLICY_WRONG: Final = 1
 WRONG_USE: Final = 2
 MACHINE_REFUSED: Final = 3
+CHANGES: Final = 4
+ROLLED_BACK: Final = 5
 BROKEN_PIPE: Final = 141
 
 
@@ -31,6 +33,9 @@ def exit_code_of(error: Exception) -> int:
             show(error.diagnostics)
             warn(error.message, error.help)
             return MACHINE_REFUSED
+        case RolledBackError():
+            warn(error.message, error.help)
+            return ROLLED_BACK
         case click.exceptions.Exit():
             return error.exit_code
         case click.Abort():

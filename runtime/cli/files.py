@@ -1,25 +1,35 @@
 """Files: which policy is meant, reading it in bounded time and memory, writing all or nothing."""
 
+import gc
+import json
 import os
 import stat
 import sys
 import tempfile
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import TYPE_CHECKING, BinaryIO, Final
 
 import click
 
+from itmlang.capabilities import EVERYTHING, Capabilities, CapabilitiesError, from_json
 from itmlang.diagnostics import CompileError, Diagnostic
-from itmlang.modules import Reader, UnreadableError
-from itmlang.pipeline import Compiled, compile
 from itmlang.resources import resource
-from itmlang.source import Source, Span
+from itmlang.source import Reader, Source, Span, UnreadableError
 from runtime.cli.output import show
 from runtime.errors import UsageError
+from runtime.state import State
+from runtime.units import Recorder, Unit, still_holds, unit_of
+
+if TYPE_CHECKING:  # the compiler is imported when it is needed: an unchanged file needs none
+    from itmlang.pipeline import Compiled
 
 LARGEST_FILE: Final = 8 * 2**20
 
 file_argument = click.argument("file", required=False, type=click.Path())
+machine_option = click.option(
+    "--for", "machine", type=click.Path(), metavar="BOX.JSON",
+    help="For the machine whose `itmc doctor --json` this is: errors where it lacks something.",
+)  # fmt: skip
 
 
 def reader() -> Reader:
@@ -71,11 +81,56 @@ def decoded(name: str, raw: bytes) -> Source:
     return Source(name, text.removeprefix("\ufeff").replace("\r\n", "\n"))
 
 
-def compiled(name: str | None) -> Compiled:
+def unit(name: str | None, known: State) -> Unit:
+    """A policy file as it is to be loaded; its warnings go to stderr.
+
+    What was loaded from it already is taken as it is, if nothing changed that it was
+    made from.
+    """
+    source, recorder = read(name), Recorder(reader())
+    key = file_key(source.name)
+    loaded = known.unit(key)
+    if loaded is not None and still_holds(loaded, source, reader()):
+        return loaded
+    from itmlang.pipeline import compile
+
+    result = compile(source, recorder)
+    gc.freeze()  # it stays as long as the process: no need to look through it
+    show(result.warnings)
+    return unit_of(result, key, recorder.reads)
+
+
+def file_key(name: str) -> str:
+    """What identifies a policy file: its absolute path, `-` for standard input."""
+    return name if name == "-" else str(Path(name).resolve())
+
+
+def compiled(name: str | None, capabilities: Capabilities = EVERYTHING) -> "Compiled":
     """A policy file through all passes; its warnings go to stderr."""
-    result = compile(read(name), reader())
+    from itmlang.pipeline import compile
+
+    result = compile(read(name), reader(), capabilities)
+    gc.freeze()  # it stays as long as the process: no need to look through it
     show(result.warnings)
     return result
+
+
+def capabilities(name: str | None) -> Capabilities:
+    """The capabilities in a file (`-` for standard input), everything if there is none.
+
+    Raises `UsageError` for a file that is no such thing.
+    """
+    if name is None:
+        return EVERYTHING
+    help = "make it on that machine: `itmc doctor --json > box.json`"
+    try:
+        return from_json(json.loads(contents(name)))
+    except UsageError as error:
+        raise UsageError(error.message, help) from error
+    except CapabilitiesError as error:
+        raise UsageError(f"{name} tells of no machine: {error}", help) from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{name} is no JSON", help) from error
 
 
 def write(path: Path, text: str) -> None:

@@ -12,10 +12,12 @@ from itmlang.packet import Packet
 from itmlang.pipeline import Compiled
 from itmlang.semantics import at_hook
 from itmlang.values import IPV4, address_text
-from runtime.apply import apply, flow_counts, status
+from runtime.apply import apply
 from runtime.cli.files import compiled, file_argument
 from runtime.cli.output import table
 from runtime.errors import MachineError, UsageError
+from runtime.status import flow_counts, status
+from runtime.units import unit_of
 
 _SIZES = "1KB,10KB,50KB,200KB,1MB"
 _UNITS = {"KB": 1000, "MB": 1_000_000, "B": 1}
@@ -62,7 +64,7 @@ def _run(result: Compiled, sizes: Sequence[int]) -> None:
         # The lab's policies are nobody else's business.
         os.environ["ITM_STATE_DIR"] = folder
         with network.manager.entered():
-            apply(result)
+            apply(unit_of(result, result.source.name))
         records = run_flows(network, sizes)
         with network.manager.entered():
             counted = {p.name: flow_counts(p.name) for p in result.policies}

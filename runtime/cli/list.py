@@ -3,8 +3,9 @@
 import click
 
 from itmlang.fields import EGRESS, HOOKS, INGRESS, hook_kind
-from runtime.apply import loaded
 from runtime.cli.output import as_json, table
+from runtime.cli.status import as_pending, tell_pending
+from runtime.status import loaded
 
 
 @click.command()
@@ -22,8 +23,10 @@ def command(in_json: bool) -> None:
         if hook in (at := dict(p.hooks))
     ]  # fmt: skip
     if in_json:
-        as_json({"schema": 1, "policies": rows})
-    elif not rows:
+        as_json({"schema": 1, "pending": as_pending(), "policies": rows})
+        return
+    tell_pending()
+    if not rows:
         click.echo("no policy is loaded")
     else:
         table(("hook", "policy", "state", "priority", "file"),

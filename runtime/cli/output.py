@@ -31,9 +31,12 @@ def warn(message: str, help: str = "") -> None:
     _to_stderr(f"itmc: {message}" + (f"\n      = help: {help}" if help else ""))
 
 
-def say(message: str) -> None:
-    """One line to stdout."""
-    click.echo(_printable(message))
+def say(message: str, colour: str = "") -> None:
+    """One line to stdout, coloured on a terminal."""
+    text = _printable(message)
+    if colour and sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+        text = click.style(text, fg=colour)
+    click.echo(text)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

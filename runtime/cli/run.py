@@ -4,9 +4,11 @@ import signal
 
 import click
 
-from runtime.apply import apply, loaded, remove
+from runtime.apply import apply, remove
 from runtime.cli.apply import report
-from runtime.cli.files import compiled, file_argument
+from runtime.cli.files import file_argument, unit
+from runtime.status import loaded
+from runtime.store import load
 
 
 @click.command()
@@ -18,7 +20,7 @@ def command(file: str | None) -> None:
     Also on SIGTERM and SIGHUP: when the terminal goes, so do the policies.
     """
     ends = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-    result = compiled(file)
+    result = unit(file, load())
     # Blocked before anything is loaded: a signal then waits for `sigwait`, and
     # nothing can come between loading and removing.
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)

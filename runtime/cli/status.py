@@ -4,11 +4,12 @@ from dataclasses import asdict
 
 import click
 
-from runtime.apply import PolicyStatus, status
 from runtime.cli.output import as_json, table
+from runtime.status import PolicyStatus, Waiting, pending, status
 
 # Of a table's size, where a warning begins.
 _NEARLY_FULL = 0.9
+_MOST_TOLD = 5
 
 
 @click.command()
@@ -18,12 +19,39 @@ def command(names: tuple[str, ...], in_json: bool) -> None:
     """Show the loaded policies (or those named): classes, flows, drift."""
     policies = status(names)
     if in_json:
-        as_json({"schema": 1, "policies": [_json(p) for p in policies]})
+        as_json({"schema": 1, "pending": as_pending(), "policies": [_json(p) for p in policies]})
         return
+    tell_pending()
     if not policies:
         click.echo("no policy is loaded")
     for policy in policies:
         _show(policy)
+
+
+def as_pending() -> dict[str, object] | None:
+    """What waits to be confirmed, for JSON."""
+    found = pending()
+    return None if found is None else asdict(found)
+
+
+def tell_pending() -> None:
+    """Say what waits to be confirmed."""
+    found = pending()
+    if found is not None:
+        click.echo(_told(found))
+
+
+def _told(waiting: Waiting) -> str:
+    back = f"generation {waiting.back}" if waiting.back else "nothing loaded"
+    if waiting.overdue:
+        return (
+            f"generation {waiting.generation} was not confirmed in time: `itmc rollback`, or the "
+            f"next change, goes back to {back}"
+        )
+    return (
+        f"generation {waiting.generation} waits for `itmc confirm`: {waiting.seconds:.0f} s left, "
+        f"then back to {back}"
+    )
 
 
 def _json(policy: PolicyStatus) -> dict[str, object]:
@@ -36,12 +64,19 @@ def _show(policy: PolicyStatus) -> None:
     parts = [policy.state, f"at {hooks}" if hooks else "at no hook", f"priority {policy.priority}"]
     parts += [f"from {policy.file}"] if policy.file else []
     click.echo(f"{policy.name}: {', '.join(parts)}")
+    if policy.parameters:
+        told = ", ".join(f"{name} = {value}" for name, value in policy.parameters.items())
+        click.echo(f"  with {told}")
     if policy.state == "missing":
         click.echo("  its table is gone from the kernel: `itmc apply` brings it back")
     elif policy.state == "unknown":
         click.echo("  a table of ours that no record knows: apply its file, or remove it")
     elif policy.drift:
-        click.echo("  its rules were changed by something else: `itmc apply` puts them right")
+        click.echo(
+            f"  changed by something else: {'; '.join(policy.changed[:_MOST_TOLD])}"
+            + ("; …" if len(policy.changed) > _MOST_TOLD else "")
+        )
+        click.echo("  `itmc apply` puts it right")
     if policy.classes:
         table(("class", "packets", "bytes"), [(c.name, c.packets, c.bytes) for c in policy.classes])
     if policy.noted:

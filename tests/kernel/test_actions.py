@@ -53,8 +53,7 @@ def load(network: Network, text: str) -> None:
 
 def counted(network: Network, path: str) -> dict[str, int]:
     with network.manager.entered():
-        listing = nft.table(path)
-    return {o["counter"]["name"]: o["counter"]["packets"] for o in listing if "counter" in o}
+        return {name: packets for name, (packets, _) in nft.counters(path).items()}
 
 
 def opened(ns: Namespace, family: int, kind: int, port: int = 0) -> socket.socket:

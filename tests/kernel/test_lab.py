@@ -14,8 +14,10 @@ from itmlang.resources import resource
 from itmlang.semantics import State
 from itmlang.source import Source
 from runtime import apply as runtime_apply
+from runtime import status as runtime_status
 from runtime.lab import Network, run_flows
 from runtime.traffic import TrafficError
+from runtime.units import unit_of
 from tests.support.needs import unavailable
 
 SIZES = (1_000, 40_000, 300_000)
@@ -47,11 +49,11 @@ def test_real_tcp_is_marked_as_the_policy_means(network, name, tmp_path, monkeyp
     path = resource("policies", f"{name}.itm")
     compiled = compile(Source(str(path), path.read_text()))
     with network.manager.entered():
-        runtime_apply.apply(compiled)
+        runtime_apply.apply(unit_of(compiled, str(path)))
     records = run_flows(network, SIZES)
     with network.manager.entered():
-        (status,) = runtime_apply.status()
-        flows = runtime_apply.flow_counts(name)["conn"]
+        (status,) = runtime_status.status()
+        flows = runtime_status.flow_counts(name)["conn"]
     (policy,) = compiled.policies
     state, classes = State(policy), Counter[str]()
     for record in records:

@@ -6,6 +6,7 @@ import pytest
 
 from runtime import apply as runtime_apply
 from runtime import nft
+from runtime import status as runtime_status
 from runtime.errors import UsageError
 from tests.kernel.test_apply import (
     FLOW,
@@ -37,7 +38,7 @@ policy use_it {
 
 
 def states() -> dict[str, tuple[str, bool]]:
-    return {s.name: (s.state, s.drift) for s in runtime_apply.loaded()}
+    return {s.name: (s.state, s.drift) for s in runtime_status.loaded()}
 
 
 def test_off_and_on_again_keeps_all_counts(host):  # noqa: F811
@@ -122,5 +123,5 @@ def test_order_holds_where_the_state_was_lost(host, tmp_path):  # noqa: F811
     (state,) = (tmp_path / "state").rglob("state.json")
     state.unlink()
     runtime_apply.apply(policy("".join(reversed(texts))))
-    assert [s.name for s in runtime_apply.loaded()] == ["b", "a"]
+    assert [s.name for s in runtime_status.loaded()] == ["b", "a"]
     assert last_dscp() == 1

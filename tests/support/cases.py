@@ -22,13 +22,12 @@ from pathlib import Path
 from itmlang import syntax, values
 from itmlang.diagnostics import CompileError, Findings, render
 from itmlang.evaluate import Scope, single, value_set
-from itmlang.modules import UnreadableError
 from itmlang.packet import Packet
 from itmlang.packets import header
 from itmlang.parser import parse_send
 from itmlang.pipeline import Compiled, compile
 from itmlang.semantics import PATHS, Visit
-from itmlang.source import Source
+from itmlang.source import Source, UnreadableError
 from tests.support.frames import shaped
 
 CASES = Path(__file__).parents[1] / "cases"

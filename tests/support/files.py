@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from itmlang.modules import Reader, UnreadableError
-from itmlang.source import Source
+from itmlang.source import Reader, Source, UnreadableError
 
 
 def beside(folder: Path, known: dict[str, Source] | None = None) -> Reader:

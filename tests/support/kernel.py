@@ -188,12 +188,7 @@ class Wire:
     def counters(self, path: str) -> dict[str, int]:
         """The packets that each named counter of a table (`family name`) has seen."""
         with self.network.manager.entered():
-            listing = nft.table(path)
-        return {
-            item["counter"]["name"]: item["counter"]["packets"]
-            for item in listing
-            if "counter" in item
-        }
+            return {name: packets for name, (packets, _) in nft.counters(path).items()}
 
 
 class Locals:

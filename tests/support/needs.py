@@ -6,9 +6,9 @@ from typing import NoReturn
 import pytest
 
 
-def unavailable(error: Exception) -> NoReturn:
-    """Skip what needs root, with the reason; where CI runs as root it may not be missing."""
-    reason = f"needs root, network namespaces and veth: {error}"
+def unavailable(error: Exception, needs: str = "root, network namespaces and veth") -> NoReturn:
+    """Skip what `needs` something, with the reason; where CI runs as root it may not be missing."""
+    reason = f"needs {needs}: {error}"
     if os.environ.get("CI") and os.geteuid() == 0:
         pytest.fail(reason)
     pytest.skip(reason)

@@ -1,0 +1,456 @@
+"""What this machine can do, asked of the machine itself.
+
+Each feature is tried in a network namespace that nobody else is in and that ends
+with this process: a tiny ruleset is loaded; where loading is no proof, packets are
+sent over its loopback and what the rules counted must be right. Nothing is concluded
+from versions. The namespace that itmc was started in is only read.
+
+A kernel may load modules to answer, as it would for the first policy that needs
+them. Two kinds of links are not tried then, because their modules would leave devices
+in the namespace of the host: for them, a module that lies there is an answer.
+"""
+
+import os
+import platform
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Final
+
+from itmlang.capabilities import FEATURES, Capabilities, Feature
+from runtime import bpf, nft, store
+from runtime.errors import MachineError
+from runtime.traffic import (
+    Namespace,
+    TrafficError,
+    add_bpf_filter,
+    add_bpf_route,
+    add_link,
+    add_qdisc,
+    add_xt_queue_rule,
+    veth,
+)
+
+_PORT: Final = 9  # of `discard`
+_QUEUE: Final = 7
+_ARRIVAL: Final = 0.5  # seconds that the kernel may take to count what was sent
+_PAYLOAD: Final = bytes(72)  # 100 bytes with the headers of UDP and IPv4
+_MODULES: Final = Path("/lib/modules")
+
+
+class _Lacking(Exception):
+    """The machine has not the feature that was tried; the message says what came instead."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Is a feature there? If not, `reason` is what the machine said."""
+
+    feature: Feature
+    there: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Host:
+    """What matters beside the kernel's features, of the namespace that itmc runs in.
+
+    `forwarding` tells for "IPv4" and "IPv6" whether packets are forwarded; None where
+    the machine has no such protocol. `state_problem` is "" if the state folder can be
+    used.
+    """
+
+    forwarding: Mapping[str, bool | None]
+    state_folder: str
+    state_problem: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that was found out: `answers` in the order of `FEATURES`."""
+
+    kernel: str
+    nftables: str
+    answers: tuple[Answer, ...]
+    host: Host
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the compiler takes."""
+        there = frozenset(answer.feature.name for answer in self.answers if answer.there)
+        return Capabilities(there, kernel=self.kernel, nftables=self.nftables)
+
+
+def ask() -> Report:
+    """Ask the machine for everything; takes about a second.
+
+    Raises `MachineError` where nothing can be asked: without root, without libnftables.
+    """
+    nft.require_rights()
+    host = _host()
+    try:
+        namespace = Namespace.create("doctor")
+    except TrafficError as error:
+        raise MachineError(
+            f"no network namespace can be made to ask in: {error}",
+            "run it as root, on a kernel with CONFIG_NET_NS",
+        ) from error
+    try:
+        with namespace.entered():
+            nftables = nft.version()
+            answers = tuple(_answer(feature, namespace) for feature in FEATURES)
+    finally:
+        namespace.close()
+    return Report(platform.release(), nftables, answers, host)
+
+
+def _answer(feature: Feature, namespace: Namespace) -> Answer:
+    try:
+        TRIALS[feature.name](namespace)
+    except (_Lacking, nft.NftRefusalError, TrafficError, OSError) as error:
+        return Answer(feature, False, str(error))
+    except MachineError as error:  # libnftables fell over it
+        return Answer(feature, False, error.message)
+    return Answer(feature, True)
+
+
+# Rules, and packets through them.
+
+_PATH: Final = "inet doctor"
+_SEEN: Final = "set seen { typeof udp dport; size 16; flags dynamic,timeout; timeout 1m; }"
+
+
+def _table(content: str, path: str = _PATH) -> str:
+    """A script for a table that is new, whatever was tried before."""
+    fresh = f"table {path}\ndelete table {path}\ntable {path} {{\n"
+    return f"{fresh}counter works {{ }}\n{content}\n}}\n"
+
+
+def _chain(*rules: str, hook: str = "output", kind: str = "filter") -> str:
+    body = "\n".join(rules)
+    return f"chain at_{hook.split()[0]} {{ type {kind} hook {hook} priority 0; \n{body}\n}}"
+
+
+def _send(packets: int) -> None:
+    """Datagrams to our own port 9, each from a port of its own; nobody listens there."""
+    for _ in range(packets):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(_PAYLOAD, ("127.0.0.1", _PORT))
+
+
+def _connect() -> None:
+    """The first packet of a TCP connection, which is refused."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sender:
+        sender.setblocking(False)
+        sender.connect_ex(("127.0.0.1", _PORT))
+
+
+def _counted(wanted: int, path: str = _PATH) -> None:
+    """The counter of the table must come to a number."""
+    deadline = monotonic() + _ARRIVAL
+    while True:
+        packets, _ = nft.counters(path)["works"]
+        if packets == wanted:
+            return
+        if packets > wanted or monotonic() > deadline:
+            raise _Lacking(f"its rules load, but {packets} packets match instead of {wanted}")
+        sleep(0.01)
+
+
+def _loads(content: str) -> Callable[[Namespace], None]:
+    """Loading is the proof."""
+    return lambda _: nft.load(_table(content))
+
+
+def _counts(
+    content: str,
+    matched: int = 1,
+    *,
+    sent: int = 1,
+    send: Callable[[], None] | None = None,
+    path: str = _PATH,
+) -> Callable[[Namespace], None]:
+    """Of the packets that are `sent`, the counter `works` must see so many."""
+
+    def tried(_: Namespace) -> None:
+        nft.load(_table(content, path))
+        if send is None:
+            _send(sent)
+        else:
+            send()
+        _counted(matched, path)
+
+    return tried
+
+
+_WORKS: Final = 'counter name "works"'
+_ARRIVED: Final = _chain(f"udp dport {_PORT} {_WORKS}", hook="input")
+
+
+def _counts_in_elements(_: Namespace) -> None:
+    nft.load(_table(_SEEN + "\n" + _chain("update @seen { udp dport counter }")))
+    _send(2)
+    found = [element.packets for element in nft.elements(_PATH, "seen")]
+    if found != [2]:
+        raise _Lacking(f"the elements have counted {found} instead of 2 packets")
+
+
+def _changes_in_place(_: Namespace) -> None:
+    nft.load(_table(_SEEN + "\n" + _chain("update @seen { udp dport }")))
+    _send(1)
+    wider = _SEEN.replace("size 16", "size 32").replace("timeout 1m", "timeout 2m")
+    nft.load(f"table {_PATH} {{\n{wider}\n}}")
+    found = nft.table(_PATH).sets["seen"]
+    if (found.size, found.timeout) != (32, 120_000) or not nft.elements(_PATH, "seen"):
+        raise _Lacking("the kernel takes it and changes nothing, or loses the elements")
+
+
+def _restores_elements(_: Namespace) -> None:
+    nft.load(_table(_SEEN + "\n" + _chain("update @seen { udp dport counter }")))
+    kept = "counter packets 7 bytes 700 timeout 1h expires 30m"
+    nft.load(f"add element {_PATH} seen {{ {_PORT} {kept} }}")
+    found = [(e.packets, (e.expires or 0) <= 1_800_000) for e in nft.elements(_PATH, "seen")]
+    if found != [(7, True)]:
+        raise _Lacking("elements come back without what they counted, or their time left")
+
+
+def _replaces_rules(_: Namespace) -> None:
+    nft.load(_table(_chain("udp dport 1")))
+    handle = nft.table(_PATH).chains["at_output"].handles[0]
+    nft.load(f"replace rule {_PATH} at_output handle {handle} udp dport {_PORT} {_WORKS}")
+    _send(1)
+    _counted(1)
+
+
+def _queues_by_xt(namespace: Namespace) -> None:
+    nft.load(_table(_chain() + "\n" + _ARRIVED))
+    add_xt_queue_rule(namespace, "doctor", "at_output", _QUEUE)
+    _send(1)
+    _counted(1)
+
+
+# Links and queues.
+
+
+def _has_veth(namespace: Namespace) -> None:
+    other = Namespace.create("doctor")
+    try:
+        veth(namespace, "doctor0", other, "doctor1")
+    finally:
+        other.close()
+
+
+def _has_qdisc(kind: str) -> Callable[[Namespace], None]:
+    def tried(_: Namespace) -> None:
+        with _place() as place:
+            add_qdisc(place, "lo", kind)
+
+    return tried
+
+
+def _has_link(kind: str, **options: str) -> Callable[[Namespace], None]:
+    def tried(_: Namespace) -> None:
+        if not _waits_as_module(kind):
+            with _place() as place:
+                add_link(place, "doctor2", kind, **options)
+
+    return tried
+
+
+def _has_bpf_routes(_: Namespace) -> None:
+    with _program(bpf.ON_ROUTE) as program, _place() as place:
+        add_bpf_route(place, "192.0.2.0/24", "lo", program)
+
+
+def _has_bpf_filters(_: Namespace) -> None:
+    with _program(bpf.ON_LINK) as program, _place() as place:
+        add_bpf_filter(place, "lo", program)
+
+
+@contextmanager
+def _place() -> Iterator[Namespace]:
+    """A namespace of its own, so that one trial's queues do not hold up another's packets."""
+    place = Namespace.create("doctor")
+    try:
+        yield place
+    finally:
+        place.close()
+
+
+@contextmanager
+def _program(kind: int) -> Iterator[int]:
+    program = bpf.load(kind, bpf.PASS)
+    try:
+        yield program
+    finally:
+        os.close(program)
+
+
+def _waits_as_module(name: str) -> bool:
+    """Does a module lie there, not loaded, that would make devices when it is?"""
+    if Path("/sys/module", name).exists():
+        return False
+    listed = ""
+    with suppress(OSError):
+        listed = (_MODULES / platform.release() / "modules.dep").read_text("utf-8", "replace")
+    files = (line.partition(":")[0] for line in listed.splitlines())
+    return any(Path(file).name.partition(".")[0] == name for file in files)
+
+
+TRIALS: Final[Mapping[str, Callable[[Namespace], None]]] = {
+    "inet tables": _counts(_chain(f"udp dport {_PORT} meta nfproto ipv4 {_WORKS}")),
+    "ingress": _counts(_chain(f"udp dport {_PORT} {_WORKS}", hook='ingress device "lo"')),
+    "egress": _counts(
+        _chain(f"udp dport {_PORT} {_WORKS}", hook='egress device "lo"'), path="netdev doctor"
+    ),
+    "route chains": _counts(_chain(f"udp dport {_PORT} meta mark set 5 {_WORKS}", kind="route")),
+    "value sets": _counts(
+        "set near { type ipv4_addr; flags interval; elements = { 127.0.0.0/8 } }\n"
+        + _chain(f"ip daddr @near udp dport {{ 1-3, {_PORT} }} {_WORKS}")
+    ),
+    "verdict maps": _counts(
+        f"chain hit {{ {_WORKS}\n}}\n"
+        + _chain(f"udp dport vmap {{ 1-3 : drop, {_PORT} : jump hit }}")
+    ),
+    "dynamic sets": _counts(
+        _SEEN + "\n" + _chain(f"udp dport @seen {_WORKS}", "update @seen { udp dport timeout 1h }"),
+        sent=2,
+    ),
+    "concatenations": _counts(
+        "set pairs { typeof ip saddr . udp dport; size 16; flags dynamic,timeout; timeout 1m; }\n"
+        + _chain(
+            f"ip saddr . udp dport @pairs {_WORKS}", "update @pairs { ip saddr . udp dport }"
+        ),
+        sent=2,
+    ),
+    "element deletion": _counts(
+        _SEEN
+        + "\n"
+        + _chain(
+            "update @seen { udp dport }", "delete @seen { udp dport }",
+            f"udp dport != @seen {_WORKS}",
+        )
+    ),
+    "element counters": _counts_in_elements,
+    "element limits": _counts(
+        _SEEN
+        + "\n"
+        + _chain(f"update @seen {{ udp dport limit rate over 1/week burst 2 packets }} {_WORKS}"),
+        sent=3,
+    ),
+    "element quotas": _counts(
+        _SEEN + "\n" + _chain(f"update @seen {{ udp dport quota over 250 bytes }} {_WORKS}"),
+        sent=3,
+    ),
+    "element connections": _counts(
+        "set seen { typeof udp dport; size 16; flags dynamic; }\n"
+        + _chain(f"add @seen {{ udp dport ct count over 2 }} {_WORKS}"),
+        sent=3,
+    ),
+    "raw header bytes": _counts(
+        _chain(
+            "meta nfproto ipv6 @nh,0,16 & 0x0100 == 0 @nh,0,16 set @nh,0,16 & 0xfe3f | 0x0100",
+            f"meta nfproto ipv4 @nh,8,8 0 udp dport {_PORT} @th,16,16 set 10",
+            f"udp dport 10 {_WORKS}",
+        )
+    ),
+    "fragments": _loads(_chain("frag frag-off != 0 drop", "meta nfproto ipv6 exthdr frag missing")),
+    "TCP options": _counts(
+        _chain(
+            "tcp option maxseg size > 1200 tcp option maxseg size set 1200",
+            f"tcp option maxseg size 1200 {_WORKS}",
+        ),
+        send=_connect,
+    ),
+    "connection tracking": _counts(
+        _chain(f"udp dport {_PORT} ct state new ct direction original {_WORKS}")
+    ),
+    "connection numbers": _counts(
+        "set known { typeof ct id; size 16; flags dynamic,timeout; timeout 1m; }\n"
+        + _chain(
+            f"udp dport {_PORT} update @known {{ ct id }}",
+            f"udp dport {_PORT} ct id @known {_WORKS}",
+        )
+    ),
+    "numbers drawn": _counts(
+        _chain(f"udp dport {_PORT} numgen random mod 100 0-99 numgen inc mod 2 0 {_WORKS}"), sent=2
+    ),
+    "named counters": _counts(_chain(f"udp dport {_PORT} {_WORKS}")),
+    "header rewriting": _counts(
+        # With a wrong checksum the packet would not come so far.
+        _chain("ip6 dscp set ef", "ip6 hoplimit set 9",
+               "ip dscp set ef ip ttl set 9 ip saddr set 127.0.0.2",
+               f"udp dport {_PORT} udp dport set 10")
+        + "\n"
+        + _chain(f"ip dscp ef ip ttl 9 ip saddr 127.0.0.2 udp dport 10 {_WORKS}", hook="input")
+    ),
+    "SCTP rewriting": _loads(_chain("sctp dport set 10")),
+    "packet marks": _counts(
+        _chain("meta mark set meta mark & 0xff000000 | 0x5",
+               f"udp dport {_PORT} meta mark 0x5 {_WORKS}")
+    ),
+    "limits": _counts(
+        _chain("limit rate over 1000000000 bytes/second drop",
+               f"udp dport {_PORT} limit rate over 1/week burst 2 packets {_WORKS}"),
+        sent=3,
+    ),
+    "reject": _loads(
+        _chain("meta l4proto tcp reject with tcp reset", "reject with icmpx port-unreachable")
+    ),
+    "kernel log": _loads(_chain('udp dport 1 log prefix "itm doctor "')),
+    "log groups": _loads(_chain('udp dport 1 log prefix "itm doctor " group 1 snaplen 128')),
+    "sets changed in place": _changes_in_place,
+    "elements restored": _restores_elements,
+    "rules replaced": _replaces_rules,
+    "devices awaited": _loads(_chain(hook='ingress device "doctor9"')),
+    "namespaces and veth": _has_veth,
+    "native queue": _counts(_chain(f"udp dport {_PORT} queue num {_QUEUE} bypass") + "\n" + _ARRIVED),
+    "xt queue": _queues_by_xt,
+    "HTB": _has_qdisc("htb"),
+    "fq_codel": _has_qdisc("fq_codel"),
+    "IFB": _has_link("ifb"),
+    "netem": _has_qdisc("netem"),
+    # With a remote end: the one without is made with each namespace.
+    "IPIP": _has_link("ipip", ipip_remote="192.0.2.1"),
+    "BPF on routes": _has_bpf_routes,
+    "BPF on links": _has_bpf_filters,
+}  # fmt: skip
+
+
+# The host.
+
+
+def _host() -> Host:
+    folder = store.directory()
+    switches = {
+        "IPv4": Path("/proc/sys/net/ipv4/ip_forward"),
+        "IPv6": Path("/proc/sys/net/ipv6/conf/all/forwarding"),
+    }
+    forwarding = {family: _switch(path) for family, path in switches.items()}
+    return Host(forwarding, str(folder), _state_problem(folder))
+
+
+def _switch(path: Path) -> bool | None:
+    try:
+        return path.read_text("ascii").strip() != "0"
+    except OSError:
+        return None
+
+
+def _state_problem(folder: Path) -> str:
+    """Why the state folder cannot be used; nothing is written to find out."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        return f"{there} is no folder"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"{there} cannot be written"
+    if os.statvfs(there).f_bavail == 0:
+        return f"the disk of {there} is full"
+    try:
+        store.load()
+    except MachineError as error:
+        return error.message
+    return ""

@@ -1,0 +1,277 @@
+"""What runs: the loaded policies in their order, what they counted, what others changed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from itmlang.diagnostics import did_you_mean
+from itmlang.nft.model import TABLE_PREFIX, FlowSet, Table
+from runtime import nft
+from runtime.apply import kernel, our_tables
+from runtime.errors import UsageError
+from runtime.listing import Element
+from runtime.plan import drift
+from runtime.state import State
+from runtime.store import directory, load, now, waiting
+from runtime.warden import overdue
+
+
+@dataclass(frozen=True)
+class ClassStatus:
+    name: str
+    packets: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class FlowStatus:
+    """`entries` flows of at most `size` (for each address family) are known.
+
+    `uncounted` are packets of new flows that found the table full; None for the
+    buckets of a limit, of which the kernel does not tell.
+    """
+
+    name: str
+    key: tuple[str, ...]
+    entries: int
+    size: int
+    uncounted: int | None
+
+
+@dataclass(frozen=True)
+class SetStatus:
+    """A learned set: `entries` of at most `size` (for each address family)."""
+
+    name: str
+    entries: int
+    size: int
+    unlearned: int  # additions that found it full
+
+
+@dataclass(frozen=True)
+class PolicyStatus:
+    """A loaded policy.
+
+    `state` is "on", "off" (its rules are not asked), "missing" (its table is gone) or
+    "unknown" (a table of ours that the state knows nothing of). `changed` tells what
+    somebody else changed of its table, in words.
+    """
+
+    name: str
+    state: str
+    file: str
+    hooks: tuple[tuple[str, int], ...]
+    priority: int
+    drift: bool
+    classes: tuple[ClassStatus, ...] = ()
+    flows: tuple[FlowStatus, ...] = ()
+    learned: tuple[SetStatus, ...] = ()
+    noted: tuple[ClassStatus, ...] = ()  # what was sampled and recorded
+    changed: tuple[str, ...] = ()
+    parameters: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FlowCount:
+    """A flow: its key, field by field, and what was counted of it."""
+
+    flow: str
+    key: tuple[Any, ...]
+    packets: int
+    bytes: int
+    expires: int | None  # milliseconds until it is forgotten
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A generation that waits to be confirmed, and the one it goes back to (0: nothing loaded).
+
+    `seconds` are left. `overdue`: whoever should have gone back by now was ended, so the
+    next change does it first.
+    """
+
+    generation: int
+    back: int
+    seconds: float
+    overdue: bool
+
+
+def pending() -> Waiting | None:
+    """What waits to be confirmed. Raises `MachineError` if its record is damaged."""
+    found = waiting(directory())
+    if found is None:
+        return None
+    late = overdue(found)
+    left = 0.0 if late else round(found.until - now(), 1)
+    return Waiting(found.generation, found.back, left, late)
+
+
+def loaded() -> tuple[PolicyStatus, ...]:
+    """All loaded policies in the order they run, without counts."""
+    return _statuses(counts=False)
+
+
+def status(names: Sequence[str] = ()) -> tuple[PolicyStatus, ...]:
+    """The loaded policies (or those named) with their counts.
+
+    Raises `UsageError` for a name that is not loaded.
+    """
+    found = _statuses(counts=True, names=names)
+    known = {s.name for s in found}
+    for name in names:
+        if name not in known:
+            _refuse(name, [s.name for s in loaded()])
+    return tuple(s for s in found if not names or s.name in names)
+
+
+def _refuse(name: str, known: Sequence[str]) -> None:
+    raise UsageError(
+        f"no policy `{name}` is loaded",
+        did_you_mean(name, known) or "`itmc list` shows what is loaded",
+    )
+
+
+def _statuses(*, counts: bool, names: Sequence[str] = ()) -> tuple[PolicyStatus, ...]:
+    nft.require_rights()
+    state = load()
+    running = kernel(state)
+    on = [entry.name for entry in state.policies if entry.on]
+    counters: dict[str, Mapping[str, tuple[int, int]]] = {}
+    found = []
+    for entry in state.policies:
+        if names and entry.name not in names:
+            continue
+        table = state.table_of(entry.name)
+        unit = state.unit_of(entry.name)
+        chains = [c for c in table.base_chains if c.policy == entry.name]
+        hooks = tuple((c.hook.name, c.hook.priority) for c in chains if c.hook is not None)
+        loaded_as = next(p for p in unit.policies if p.name == entry.name)
+        there = running.get(table.path)
+        word = "missing" if there is None else "on" if entry.on else "off"
+        changed: Sequence[str] = ["its table is gone"]
+        if there is not None:
+            changed = drift(table, there, state.listed.get(table.path, {}), on)
+            if counts and table.path not in counters:
+                counters[table.path] = nft.counters(table.path)
+        told = _counts(table, entry.name, counters[table.path]) if counts and there else {}
+        found.append(
+            PolicyStatus(
+                entry.name,
+                word,
+                unit.shown,
+                hooks,
+                loaded_as.priority,
+                bool(changed),
+                changed=tuple(changed),
+                parameters=loaded_as.parameters,
+                **told,
+            )
+        )
+    ours = {table.path for table in state.tables}
+    for path in (path for path in our_tables() if path not in ours):
+        name = path.split()[1].removeprefix(TABLE_PREFIX)
+        at = [chain.hook for chain in nft.table(path).chains.values() if chain.hook]
+        hooks = tuple((hook.name, hook.priority) for hook in at)
+        found.append(PolicyStatus(name, "unknown", "", hooks, 0, True))
+    # Stable: at equal priority the state's order is the order they run.
+    return tuple(sorted(found, key=lambda s: s.priority))
+
+
+def _counts(table: Table, policy: str, counters: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    """What the kernel counted of a policy, as fields of `PolicyStatus`."""
+    own = [c for c in table.counters if c.policy == policy]
+    by_kind = {(c.kind, c.of): counters.get(c.name, (0, 0)) for c in own}
+    rules = "\n".join(r.text for c in table.chains if c.policy == policy for r in c.rules)
+    learned: dict[str, list[FlowSet]] = {}
+    for one in table.sets:
+        if one.role == "learned" and f"@{one.name} " in rules + " ":
+            learned.setdefault(one.flow, []).append(one)
+    return {
+        "classes": tuple(ClassStatus(c.of, *by_kind["class", c.of]) for c in own if c.kind == "class"),
+        "flows": tuple(
+            FlowStatus(
+                name,
+                sets[0].key,
+                sum(len(nft.elements(table.path, one.name)) for one in sets),
+                sets[0].size,
+                by_kind["uncounted", name][0] if ("uncounted", name) in by_kind else None,
+            )
+            for name, sets in flow_sets(table, policy).items()
+        ),
+        "learned": tuple(
+            SetStatus(
+                name,
+                sum(len(nft.elements(table.path, one.name)) for one in sets),
+                sets[0].size,
+                by_kind.get(("unlearned", name), (0, 0))[0],
+            )
+            for name, sets in learned.items()
+        ),
+        "noted": tuple(
+            ClassStatus(c.kind, *by_kind[c.kind, c.of])
+            for c in own
+            if c.kind in ("sampled", "recorded")
+        ),
+    }  # fmt: skip
+
+
+def flow_sets(table: Table, policy: str) -> dict[str, list[FlowSet]]:
+    """The sets that hold a policy's flows, by flow; the buckets of limits are among them."""
+    found: dict[str, list[FlowSet]] = {}
+    for one in table.sets:
+        if one.policy != policy:
+            continue
+        if one.role == "count":
+            found.setdefault(one.flow, []).append(one)
+        elif one.role == "limit":
+            number = one.name.rpartition("_")[2]
+            found.setdefault(f"{one.flow} (limit {number})", []).append(one)
+    return found
+
+
+def flows(name: str) -> tuple[FlowCount, ...]:
+    """The flows of a loaded policy, those with the most bytes first.
+
+    Raises `UsageError` if it is not loaded.
+    """
+    nft.require_rights()
+    state = load()
+    table = _table(state, name)
+    found = [
+        FlowCount(flow, tuple(_value(k) for k in e.key), e.packets, e.bytes, e.expires)
+        for flow, sets in flow_sets(table, name).items()
+        for one in sets
+        if one.role == "count"
+        for e in nft.elements(table.path, one.name)
+    ]
+    return tuple(sorted(found, key=lambda f: (-f.bytes, -f.packets, str(f.key))))
+
+
+def _table(state: State, name: str) -> Table:
+    if state.find(name) is None:
+        _refuse(name, state.names)
+    return state.table_of(name)
+
+
+def flow_counts(name: str) -> dict[str, dict[tuple[Any, ...], tuple[int, int]]]:
+    """For each flow of a loaded policy: its keys with (packets, bytes), as the kernel has them."""
+    table = _table(load(), name)
+    return {
+        flow: {
+            tuple(_value(k) for k in e.key): (e.packets, e.bytes)
+            for one in sets
+            for e in _elements(table, one)
+        }
+        for flow, sets in flow_sets(table, name).items()
+    }
+
+
+def _elements(table: Table, one: FlowSet) -> Sequence[Element]:
+    return nft.elements(table.path, one.name)
+
+
+def _value(text: str) -> Any:
+    """A field of a key: a number, or a name or address as it stands."""
+    if text.isdigit():
+        return int(text)
+    return int(text, 16) if text.startswith("0x") else text.strip('"')
