@@ -61,8 +61,8 @@ class RunningSet:
 class Running:
     """One of our tables as the kernel has it.
 
-    `values` are digests of the elements of its sets with fixed values, `shape` is one
-    of everything else that somebody could have changed.
+    `values` are digests of the elements of its sets with fixed values, `flags` the
+    table's own, `others` objects of kinds that no policy makes, as (kind, name).
     """
 
     chains: Mapping[str, RunningChain]
@@ -70,6 +70,7 @@ class Running:
     counters: tuple[str, ...]
     values: Mapping[str, str]
     flags: str = ""
+    others: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,17 +101,20 @@ def read_table(text: str, sets: Sequence[Mapping[str, Any]] = ()) -> Running:
     chains: dict[str, RunningChain] = {}
     found: dict[str, RunningSet] = {}
     counters: list[str] = []
+    others: list[tuple[str, str]] = []
     flags = ""
     for kind, name, body in _blocks(text):
         if kind == "chain":
             chains[name] = _chain(body)
-        elif kind in ("set", "map"):
+        elif kind == "set":
             found[name] = _set(body, types.get(name, ()))
         elif kind == "counter":
             counters.append(name)
         elif kind == "flags":
             flags = name
-    return Running(chains, found, tuple(counters), {}, flags)
+        else:
+            others.append((kind, name))
+    return Running(chains, found, tuple(counters), {}, flags, tuple(others))
 
 
 def _blocks(text: str) -> Iterator[tuple[str, str, list[str]]]:
@@ -125,8 +129,8 @@ def _blocks(text: str) -> Iterator[tuple[str, str, list[str]]]:
         elif line.startswith("\tflags "):
             yield "flags", line.removeprefix("\tflags "), []
         elif line.startswith("\t"):
-            kind, name, *_ = line.split()
-            body = []
+            *words, name = line.partition(" {")[0].split()
+            kind, body = " ".join(words), []
 
 
 def _chain(body: Sequence[str]) -> RunningChain:

@@ -60,6 +60,12 @@ class Change:
     learned: str = ""
     rules: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def loss(self) -> str:
+        """What is said of an object whose learned state is lost."""
+        what = "goes, with what it learned" if self.action == "delete" else "starts again from zero"
+        return f"{self.policy or self.table}: {self.name} {what}: {self.note}"
+
 
 @dataclass
 class Script:
@@ -228,7 +234,11 @@ class _Planning:
         ]
         self.clear.say(f"delete table {path}")
         staying = [name for name in table.policies if name in self.wanted.names]
-        note = f"{', '.join(staying)} moved to another table" if staying else "no longer wanted"
+        note = (
+            f"{', '.join(staying)} moved to another table"
+            if staying
+            else "no longer wanted, with what it learned"
+        )
         self.changes.append(Change("delete", "table", path, table.policies[0], table.name, note))
 
     # Base chains, which run in an order.
@@ -522,6 +532,7 @@ class _TablePlanning:
             return None, why, True
         coarser = any(len(other.key) > len(one.key) for _, other in fitting)
         how = f"summed by {', '.join(one.key)}" if coarser else "its counts are carried over"
+        how += ", but for packets that come meanwhile"
         return Move(self.path, one, "sum", fitting), how, True
 
     def _kept(self, one: FlowSet) -> bool:
@@ -668,13 +679,22 @@ class _TablePlanning:
                 "delete", "counter", said_counter.policy if said_counter else "", name,
                 *self._counted_on(name),
             )  # fmt: skip
+        # Maps first: they may refer to the others.
+        for kind, name in sorted(self.running.others, key=lambda o: (o[0] != "map", o)):
+            tidy.say(f"delete {kind} {self.path} {name}")
+            self._change("delete", kind, "", name, "something else made it")
         if self._lines() != begun:
             self.whole.touched[self.path] = None
 
     def _counted_on(self, name: str) -> tuple[str, str]:
         """What is said of a counter that goes."""
         used = any(source == (self.path, name) for _, source in self.whole.counters)
-        return ("its count is carried over", "carried") if used else ("", "")
+        if used:
+            return "its count is carried over", "carried"
+        said = self.old_counters.get(name)
+        if said is None or said.kind != "class" or said.policy not in self.whole.wanted.names:
+            return "", ""
+        return f"there is no class {said.of} any more", "lost"
 
     def _forgotten(self, one: FlowSet | None) -> tuple[str, str]:
         """What is said of a set that goes."""
@@ -839,6 +859,7 @@ def drift(table: Table, running: Running, seen: Mapping[str, str], on: Iterable[
     counters = {c.name for c in table.counters}
     found += [f"counter {name} is gone" for name in sorted(counters - set(running.counters))]
     found += [f"counter {name} was added" for name in sorted(set(running.counters) - counters)]
+    found += [f"{kind} {name} was added" for kind, name in sorted(running.others)]
     if running.flags:
         found.append(f"the table was made {running.flags}")
     return found

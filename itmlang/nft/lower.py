@@ -20,7 +20,9 @@ Policies that share a learned set share a table: nftables' rules reach no furthe
 """
 
 import re
+from collections import Counter as Counted
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 from itmlang import ir, rates, values
@@ -78,6 +80,8 @@ _CHANGED: Final = 0x0100_0000
 # without a time none later on, and drops one with a time when it is renewed without.
 FOR_EVER: Final = 36_500 * 86_400_000
 _QUOTED: Final = re.compile(r'"[^"]*"')  # a log's prefix may look like anything
+_PROTOCOLS: Final = re.compile(r"\bmeta l4proto (\{ [^}]* \})")
+_MOST_REPEATED: Final = 16  # rules with the same set in braces
 _MOST_PACKETS: Final = 2**32 - 1  # the burst of nft_limit is 32 bits wide
 _MOST_ELEMENTS: Final = 2**32 - 1  # so is a set's size
 
@@ -95,6 +99,7 @@ def lower(file: str, policies: Sequence[Simplified], findings: Findings) -> Rule
         _value_sets(table, group)
         table.chains.extend(shared.values())
         _reach(table, findings)
+        _share_protocols(table)
         tables.append(table)
     findings.raise_errors()
     return Ruleset(file, tuple(tables), tuple(one.policy.name for one in policies))
@@ -146,6 +151,36 @@ def _value_set(name: str, named: ir.NamedSet, field: Field, family: int) -> Valu
         case _:
             elements = (str(lo) if lo == hi else f"{lo}-{hi}" for lo, hi in named.values.spans)
     return ValueSet(name, field.key_type(family), tuple(elements), named.span)
+
+
+def _share_protocols(table: Table) -> None:
+    """A set of protocols that many rules have in braces becomes one of the table's.
+
+    Each set in braces is a set to the kernel, which goes through all of them for each new one.
+    """
+    rules = [rule for chain in table.chains for rule in chain.rules]
+    found = Counted(set_ for rule in rules for set_ in _PROTOCOLS.findall(rule.text))
+    names = {
+        text: f"protocols_{number}"
+        for number, text in enumerate((t for t, n in found.items() if n > _MOST_REPEATED), 1)
+    }
+    if not names:
+        return
+    for text, name in names.items():
+        span = next(rule.span for rule in rules if text in rule.text)
+        elements = tuple(text.strip("{} ").split(", "))
+        table.values.append(ValueSet(name, "inet_proto", elements, span))
+    for chain in table.chains:
+        chain.rules[:] = [
+            replace(
+                rule, text=_PROTOCOLS.sub(lambda m: f"meta l4proto {_named(m, names)}", rule.text)
+            )
+            for rule in chain.rules
+        ]
+
+
+def _named(found: re.Match[str], names: Mapping[str, str]) -> str:
+    return f"@{names[found[1]]}" if found[1] in names else found[1]
 
 
 class _Lowering:

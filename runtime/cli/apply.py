@@ -63,8 +63,6 @@ def report(done: Applied, verb: str) -> None:
             "what stands at it begins when it comes up",
         )
     for change in done.plan.lost:
-        warn(
-            f"{change.policy or change.table}: {change.name} starts again from zero: {change.note}"
-        )
+        warn(change.loss)
     if done.unkept:
         warn(f"this would not survive a reboot: {done.unkept}")

@@ -30,9 +30,7 @@ def command(number: int | None, listed: bool, in_json: bool) -> None:
     else:
         click.echo(f"back to generation {made.number}: {made.why}, {_when(made.when)}, {made.who}")
     for change in plan.lost:
-        warn(
-            f"{change.policy or change.table}: {change.name} starts again from zero: {change.note}"
-        )
+        warn(change.loss)
 
 
 def _list(in_json: bool) -> None:

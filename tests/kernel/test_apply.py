@@ -156,7 +156,11 @@ def test_a_coarser_key_gets_the_sums_and_the_plan_says_so(host):
     coarser = policy(text.replace("daddr, dport", "dport"))
     plan, _ = runtime_apply.planned(coarser)
     told = {c.name: (c.action, c.note, c.learned) for c in plan.changes if c.kind == "set"}
-    assert told["flow_conn_inet"] == ("migrate", "summed by dport", "carried")
+    assert told["flow_conn_inet"] == (
+        "migrate",
+        "summed by dport, but for packets that come meanwhile",
+        "carried",
+    )
     assert told["flow_conn_ip"] == ("delete", "its counts are carried over", "carried")
     done = runtime_apply.apply(coarser)
     assert (done.lost, done.plan.digest) == ((), plan.digest)

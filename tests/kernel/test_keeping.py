@@ -862,7 +862,21 @@ BY_HAND = {
     "set emptied": (f"flush set {TABLE} set_local_ip", "set set_local_ip was changed"),
     "dormant": (f"add table {TABLE} {{ flags dormant; }}", "the table was made dormant"),
     "map added": (
-        f"add map {TABLE} theirs {{ type ipv4_addr : verdict; }}", "set theirs was added"),
+        f"add map {TABLE} theirs {{ type ipv4_addr : verdict; }}", "map theirs was added"),
+    "map asked by theirs": (
+        f"add map {TABLE} theirs {{ type ipv4_addr : verdict; }}\n"
+        f"add rule {TABLE} classify ip daddr vmap @theirs", "map theirs was added"),
+    "quota added": (f"add quota {TABLE} theirs {{ over 5 bytes; }}", "quota theirs was added"),
+    "limit asked by theirs": (
+        f"add limit {TABLE} theirs {{ rate 5/second; }}\n"
+        f"insert rule {TABLE} classify limit name theirs drop", "limit theirs was added"),
+    "map of quotas": (
+        f"add quota {TABLE} one {{ over 5 bytes; }}\n"
+        f"add map {TABLE} theirs {{ type ipv4_addr : quota; elements = {{ 10.0.0.1 : one }}; }}",
+        "quota one was added"),
+    "ct timeout": (
+        f"add ct timeout {TABLE} theirs {{ protocol tcp; l3proto ip; policy = {{ established: 9 }}; }}",
+        "ct timeout theirs was added"),
 }  # fmt: skip
 
 
