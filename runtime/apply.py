@@ -12,7 +12,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from logging import warning
@@ -25,12 +25,14 @@ from runtime.errors import MachineError, RolledBackError, UsageError
 from runtime.listing import Element, Running
 from runtime.migrate import Contents, Dump, Kept, Left, Move, corrections
 from runtime.nft import NftRefusalError
-from runtime.plan import Plan, Script, drift, listed, plan
+from runtime.plan import Plan, Script, fingerprint, listed, plan
 from runtime.state import State
-from runtime.store import Generation, Store, boot_file, load, locked, read_generation
+from runtime.store import Generation, Store, boot_file, locked, read_generation, reading
 from runtime.units import Unit, replay, unit_of
 from runtime.warden import arm, overdue, told
 
+# Takes a sentence that is to be said beside a result.
+Tell = Callable[[str], None]
 # A flow that gets packets while its threshold moves is put right so often.
 _CORRECTIONS: Final = 4
 # Larger sets are not kept for a rollback: reading them would take seconds.
@@ -55,6 +57,7 @@ class Applied:
     off: tuple[str, ...] = ()
     generation: int = 0
     unkept: str = ""
+    cut: tuple[str, ...] = ()  # what found no room in a set's new size, in words
 
     @property
     def lost(self) -> tuple[str, ...]:
@@ -70,8 +73,8 @@ def planned(unit: Unit, known: State | None = None) -> tuple[Plan, State]:
     Raises `CompileError` if a policy's name belongs to another file.
     """
     nft.require_rights()
-    state = load() if known is None else known
-    return _of_unit(unit, state), state
+    with reading(known) as store:
+        return _of_unit(unit, store.state), store.state
 
 
 def _of_unit(unit: Unit, state: State) -> Plan:
@@ -92,19 +95,22 @@ def apply(
     digest: str = "",
     why: str = "",
     confirm: float = 0,
+    boot: bool = True,
 ) -> Applied:
     """Load a file's policies in one transaction; with `check`, only try it.
 
     Applying a file again replaces what it brought before. With `digest`, only the plan
     that has it is carried out. With `confirm`, everything goes back after so many
     seconds unless `confirm` comes before. `known` is the state if it was read already.
+    Without `boot` it is not there again after a reboot.
 
     Raises `CompileError` if a policy's name belongs to another file, `UsageError` if the
     plan is another one, `MachineError` if the machine refuses; in all cases nothing was
     changed.
     """
     with _changing(known) as store:
-        _refuse_unconfirmed(store, look=check)
+        if not check:
+            _refuse_unconfirmed(store)
         change = _of_unit(unit, store.state)
         if digest and change.digest != digest:
             raise UsageError(
@@ -117,8 +123,12 @@ def apply(
         old = store.state.unit(unit.file)
         if change.empty and old is not None and old.made_of == unit.made_of:
             return _applied(change, unit, 0, store.keep_for_boot())
-        number, unkept = carry_out(store, change, why or f"apply {unit.shown}", confirm=confirm)
-        return _applied(change, unit, number, unkept)
+        cut: list[str] = []
+        number, unkept = carry_out(
+            store, change, why or f"apply {unit.shown}", confirm=confirm, boot=boot, tell=cut.append
+        )
+        told = tuple(text for text in cut if unkept not in text or not unkept)
+        return replace(_applied(change, unit, number, unkept), cut=told)
 
 
 def _applied(change: Plan, unit: Unit, number: int, unkept: str) -> Applied:
@@ -128,11 +138,12 @@ def _applied(change: Plan, unit: Unit, number: int, unkept: str) -> Applied:
     return Applied(unit.ruleset.order, change.deleted, change, tuple(absent), off, number, unkept)
 
 
-def remove(names: Sequence[str]) -> tuple[str, ...]:
+def remove(names: Sequence[str], tell: Tell | None = None) -> tuple[str, ...]:
     """Take policies away, all in one transaction; an empty list takes all.
 
     Without names, every table of ours goes, also those that a crash left behind.
-    Returns the names. Raises `UsageError` for a name that is not loaded.
+    Returns the names; what else is to be said goes to `tell`. Raises `UsageError` for a
+    name that is not loaded.
     """
     with _changing() as store:
         _refuse_unconfirmed(store)
@@ -153,11 +164,13 @@ def remove(names: Sequence[str]) -> tuple[str, ...]:
             if name in going:
                 change.before.say(f"delete table {path}")
         if going:
-            carry_out(store, change, "remove " + (" ".join(names) or "--all"))
+            carry_out(store, change, "remove " + (" ".join(names) or "--all"), tell=tell)
+        else:  # what was kept for the boot goes, too
+            _tell(tell, store.keep_for_boot())
     return tuple(going)
 
 
-def switch(names: Sequence[str], *, on: bool) -> tuple[str, ...]:
+def switch(names: Sequence[str], *, on: bool, tell: Tell | None = None) -> tuple[str, ...]:
     """Take policies off their hooks, or hang them in again; all that they learned stays.
 
     Returns the names that were not so already. Raises `UsageError` for a name that
@@ -184,7 +197,8 @@ def switch(names: Sequence[str], *, on: bool) -> tuple[str, ...]:
         scope = {state.table_of(name).path for name in changing}
         change = plan(wanted, state, running, scope)
         if changing:
-            carry_out(store, change, f"{'enable' if on else 'disable'} {' '.join(names)}")
+            why = f"{'enable' if on else 'disable'} {' '.join(names)}"
+            carry_out(store, change, why, tell=tell)
     return changing
 
 
@@ -223,13 +237,16 @@ def set_parameter(policy: str, parameter: str, value: str) -> Applied:
             raise UsageError(
                 f"`{parameter}` cannot be {value}: {first.message}; nothing was changed", first.help
             ) from error
-        unit = unit_of(compiled, old.file, old.reads, given)
+        # What was removed of the file stays away.
+        unit = unit_of(compiled, old.file, old.reads, given).without(set(old.removed))
         change = _of_unit(unit, state)
+        if change.empty:
+            return _applied(change, unit, 0, "")
         number, unkept = carry_out(store, change, f"set {policy}.{parameter} {value}")
         return _applied(change, unit, number, unkept)
 
 
-def rollback(number: int = 0) -> tuple[Generation | None, Plan]:
+def rollback(number: int = 0, tell: Tell | None = None) -> tuple[Generation | None, Plan]:
     """Go back to the generation before this one, or to one of those that are kept.
 
     Returns what holds now (None: nothing is loaded) with the plan that led there. Raises
@@ -238,10 +255,11 @@ def rollback(number: int = 0) -> tuple[Generation | None, Plan]:
     """
     with _changing() as store:
         if store.pending is not None:
-            number = store.pending.back
-            done = back_to(store, number)
+            back = store.pending.back
+            done = back_to(store, back)
             store.settle("rolled back")
-            return done
+            if number in (0, back):
+                return done
         if not number:
             if not store.state.generation:
                 raise UsageError(
@@ -261,10 +279,12 @@ def rollback(number: int = 0) -> tuple[Generation | None, Plan]:
                 f"there is no generation {number}",
                 "`itmc rollback --list` shows those that are kept",
             )
-        return back_to(store, number)
+        return back_to(store, number, tell=tell)
 
 
-def back_to(store: Store, number: int, *, sure: bool = False) -> tuple[Generation | None, Plan]:
+def back_to(
+    store: Store, number: int, *, sure: bool = False, tell: Tell | None = None
+) -> tuple[Generation | None, Plan]:
     """Load a generation that is kept (0: the time before all), under the lock.
 
     With `sure`, also where the disk is too full to write that down.
@@ -276,7 +296,7 @@ def back_to(store: Store, number: int, *, sure: bool = False) -> tuple[Generatio
     wanted = replace(wanted, policies=tuple(entries), listed=state.listed)
     kept = store.left(number)
     change = plan(wanted, state, kernel(state, wanted), None, kept)
-    carry_out(store, change, "", back=True, sure=sure, kept=kept)
+    carry_out(store, change, "", back=True, sure=sure, kept=kept, tell=tell)
     return made, change
 
 
@@ -349,40 +369,19 @@ def _finish(store: Store) -> None:
     begun = store.begun()
     if begun is None:
         return
-    if begun.generation == store.state.generation or _carried_out(begun, store.state):
-        store.commit(begun)
+    wanted, was = begun
+    running = kernel(store.state, wanted)
+    if wanted.generation == store.state.generation or any(
+        fingerprint(running.get(path)) != form for path, form in was.items()
+    ):
+        store.commit(wanted)
         if store.pending is None:
             store.keep_for_boot()
         return
     store.abandon()
     pending = store.pending
-    if pending is not None and pending.generation == begun.generation:
+    if pending is not None and pending.generation == wanted.generation:
         store.settle("")
-
-
-def _carried_out(begun: State, old: State) -> bool:
-    """Does the kernel have what was begun, and not the old?
-
-    What was begun is listed in no record, so its chains are counted, rule by rule.
-    """
-    running = kernel(begun, old)
-    on = [entry.name for entry in old.policies if entry.on]
-    same = all(
-        table.path in running
-        and not drift(table, running[table.path], old.listed.get(table.path, {}), on)
-        for table in old.tables
-    )
-    if same and set(running) == {table.path for table in old.tables}:
-        return False
-    on = [entry.name for entry in begun.policies if entry.on]
-    wanted = {
-        table.path: {c.name: len(c.rules) for c in table.chains if c.hook is None or c.policy in on}
-        for table in begun.tables
-    }
-    return wanted == {
-        path: {name: len(chain.rules) for name, chain in one.chains.items()}
-        for path, one in running.items()
-    }
 
 
 @contextmanager
@@ -404,12 +403,15 @@ def carry_out(
     sure: bool = False,
     confirm: float = 0,
     kept: Left | None = None,
+    boot: bool = True,
+    tell: Tell | None = None,
 ) -> tuple[int, str]:
     """Carry a plan out under the lock, as a new generation or going back to one; `sure` if
     also where that cannot be written down.
 
-    Returns the generation's number, and why it would not survive a reboot. Raises
-    `MachineError`; then nothing was changed.
+    Returns the generation's number, and why it would not survive a reboot; without `boot`
+    it is not meant to. What else is to be said goes to `tell`. Raises `MachineError`;
+    then nothing was changed.
     """
     old = store.state.generation
 
@@ -422,9 +424,9 @@ def carry_out(
         left = _leaving(change)
         try:
             state = (
-                store.prepare_back(change.state)
+                store.prepare_back(change.state, change.was)
                 if back
-                else store.prepare(change.state, why, change.digest)
+                else store.prepare(change.state, why, change.digest, change.was)
             )
             store.leave(old, left)
         except MachineError:
@@ -451,17 +453,27 @@ def carry_out(
         try:
             store.commit(state)
         except (MachineError, OSError) as error:
-            return state.generation, f"what was loaded could not be written down: {error}"
+            unkept = f"what was loaded could not be written down: {error}"
+            _tell(tell, unkept)
+            return state.generation, unkept
         with suppress(MachineError, OSError):
             _correct(change.moves, contents)
             seen = {t.path: state.listed.get(t.path, {}) for t in state.tables}
             store.seen(seen | {path: _listed(path) for path in change.touched if path in seen})
             if change.resized:
                 _insist(store, change)
-        if not confirm:
+        if boot and not confirm:
             with suppress(MachineError, OSError):
                 unkept = store.keep_for_boot()
+                _tell(tell, unkept and f"this would not survive a reboot: {unkept}")
+        for name, number in contents.cut.items():
+            _tell(tell, f"{name}: {number} entries found no room in its new size")
     return state.generation, unkept
+
+
+def _tell(tell: Tell | None, text: str) -> None:
+    if tell is not None and text:
+        tell(text)
 
 
 def _insist(store: Store, change: Plan) -> None:
@@ -524,8 +536,9 @@ def _leaving(change: Plan) -> Left:
     sets = {
         (path, one.name): Kept(one.key, tuple(nft.elements(path, one.name)))
         for path, one in change.leaving.sets
-        if one.role in ("count", "learned") and one.size <= _LARGEST_KEPT
+        if one.role in ("count", "learned")
     }
+    sets = {key: kept for key, kept in sets.items() if len(kept.elements) <= _LARGEST_KEPT}
     running = {path: nft.counters(path) for path in {p for p, _ in change.leaving.counters}}
     counters = {
         (path, name): running[path][name]
@@ -640,16 +653,15 @@ def _refuse_unknown(names: Sequence[str], known: Sequence[str]) -> None:
             )
 
 
-def _refuse_unconfirmed(store: Store, *, look: bool = False) -> None:
+def _refuse_unconfirmed(store: Store) -> None:
     """While a change waits to be confirmed, nothing else may come between.
 
-    If its time is over (whoever should have gone back was ended), it goes back now, but
-    not for somebody who only wants to `look`.
+    If its time is over (whoever should have gone back was ended), it goes back now.
     """
     pending = store.pending
     if pending is None:
         return
-    if overdue(pending) and not look:
+    if overdue(pending):
         made, _ = back_to(store, pending.back)
         store.settle("rolled back")
         warning("the last change was not confirmed in time; %s first", told(made))

@@ -83,6 +83,7 @@ class Contents:
         self._moves = {(move.table, move.target.name): move for move in moves}
         self._dump = dump
         self._known: dict[tuple[str, str], Sequence[Element]] = {}
+        self.cut: dict[str, int] = {}  # sets of counts and learned ones, what found no room
 
     def of(self, table: str, name: str) -> Sequence[Element]:
         """A set's elements: carried over, or as they are."""
@@ -96,10 +97,10 @@ class Contents:
         target = move.target
         match move.how:
             case "sum":
-                return fitting(summed(move, self._dump), target)
+                return self._cut(summed(move, self._dump), target)
             case "copy":
                 found = [e for path, one in move.sources for e in self._dump(path, one.name)]
-                return fitting(found, target)
+                return self._cut(found, target)
             case "age":
                 ((path, source),) = move.sources
                 return _of_age(self._dump(path, source.name), source, target)
@@ -113,6 +114,11 @@ class Contents:
                 if move.how == "begin":
                     counts = [replace(e, expires=None) for e in counts]
                 return fitting(counts, target)
+
+    def _cut(self, found: Sequence[Element], target: FlowSet) -> Sequence[Element]:
+        if len(found) > target.size:
+            self.cut[target.name] = len(found) - target.size
+        return fitting(found, target)
 
     def commands(self, move: Move) -> list[str]:
         """nftables commands that fill the set of a move."""

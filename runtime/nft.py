@@ -106,8 +106,13 @@ def counters(path: str) -> dict[str, tuple[int, int]]:
 
 
 def elements(path: str, name: str) -> list[Element]:
-    """The elements of a set of a table; none if there is no such set."""
+    """The elements of a set of a table; none if there is no such set.
+
+    Raises `MachineError` if they cannot be listed.
+    """
     answer = _in_child(f"list set {path} {name}", "", False)
+    if answer.code != 0 and "No such file" not in answer.error:
+        raise _unlisted(answer)
     return read_elements(answer.output) if answer.code == 0 else []
 
 
@@ -131,9 +136,13 @@ def _list(command: str, flags: str) -> str:
     require_rights()
     answer = _in_child(command, flags, False)
     if answer.code != 0:
-        reason = answer.error.strip().splitlines() or ["no reason given"]
-        raise MachineError(f"nftables cannot list what runs: {reason[0]}", "try again")
+        raise _unlisted(answer)
     return answer.output
+
+
+def _unlisted(answer: _Answer) -> MachineError:
+    reason = answer.error.strip().splitlines() or ["no reason given"]
+    return MachineError(f"nftables cannot list what runs: {reason[0]}", "try again")
 
 
 def require_rights() -> None:

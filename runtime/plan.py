@@ -112,6 +112,7 @@ class Plan:
     touched: tuple[str, ...]  # tables
     leaving: Leaving
     resized: bool  # a set that stays gets another size or time-out
+    was: Mapping[str, str]  # the touched tables as they are before: see `fingerprint`
 
     @property
     def empty(self) -> bool:
@@ -212,6 +213,7 @@ class _Planning:
             touched=tuple(self.touched),
             leaving=self.leaving,
             resized=self.resized,
+            was={path: fingerprint(self.kernel.get(path)) for path in self.touched},
         )
 
     def _fresh(self) -> Text | None:
@@ -239,7 +241,9 @@ class _Planning:
             if staying
             else "no longer wanted, with what it learned"
         )
-        self.changes.append(Change("delete", "table", path, table.policies[0], table.name, note))
+        learned = "" if staying else "lost"
+        policy = table.policies[0]
+        self.changes.append(Change("delete", "table", path, policy, table.name, note, learned))
 
     # Base chains, which run in an order.
 
@@ -434,10 +438,15 @@ class _TablePlanning:
         said = self.old_sets.get(one.name)
         other = _other_form(one, running)
         in_place = (running.size, running.timeout) != (one.size, one.timeout)
-        if other or (in_place and said is not None and _sized(said) == _sized(one)):
-            # The kernel did not take the new size where it is: it must be made again.
+        if (
+            other
+            or running.size > one.size
+            or (in_place and said is not None and _sized(said) == _sized(one))
+        ):
+            # Below what it holds a size limits nothing (the kernel asks whether it is equal);
+            # or the kernel did not take the new one where the set is.
             self.gone.add(one.name)
-            self._fill(one, "replace", other or "its size or time-out was changed", emptied=False)
+            self._fill(one, "replace", other or _sizes(one, running), emptied=False)
             return True
         self.whole.resized |= in_place
         if not self._holds(one, said, running):
@@ -465,6 +474,8 @@ class _TablePlanning:
     def _fill(self, one: FlowSet, action: str, note: str, *, emptied: bool) -> None:
         """How the set gets what it should hold; without a way, it begins empty."""
         move, how, known = self._move(one, emptied)
+        if move is not None and any(one.size < source.size for _, source in move.sources):
+            how += f", as many as find room ({one.size})"
         parts = [part for part in (note, how) if part]
         if move is not None:
             self.whole.moves.append(move)
@@ -574,19 +585,22 @@ class _TablePlanning:
         """New chains, and those whose rules must be edited; what must be empty is emptied."""
         new, edits = [], []
         for chain in self.chains.values():
-            running = self.running.chains.get(chain.name)
+            running = self._there(chain)
+            if running is None and chain.name in self.running.chains:
+                note = "something else hung it in"
+                self.whole.unhook(self.path, chain.policy, chain.name, note)
             if chain.hook is not None and not self.whole.stays(self.table, chain):
                 if running is not None:
                     moved = running.hook != chain.hook or running.drops
                     why = "its hook is another" if moved else "hung in again, for the order"
                     self.whole.unhook(self.path, chain.policy, chain.name, why)
                 else:
-                    self._change("create", "chain", chain.policy, chain.name, _many(chain.rules))
+                    self._create(chain)
                 continue  # `_hang` does that
             if running is None:
                 new.append(chain)
                 edits.append(chain)
-                self._change("create", "chain", chain.policy, chain.name, _many(chain.rules))
+                self._create(chain)
             elif chain.name in self.drifted:
                 self.whole.clear.say(f"flush chain {self.path} {chain.name}")
                 edits.append(chain)
@@ -600,10 +614,25 @@ class _TablePlanning:
                 self.whole.clear.say(f"flush chain {self.path} {chain.name}")
                 edits.append(chain)
                 note = "it asks a set that is made again"
-                self._change("replace", "chain", chain.policy, chain.name, note)
+                rules = [("-", rule) for rule in running.rules] + [
+                    ("+", rule_line(rule)) for rule in chain.rules
+                ]
+                self._change("replace", "chain", chain.policy, chain.name, note, rules=rules)
             else:
                 edits.append(chain)
         return new, edits
+
+    def _there(self, chain: Chain) -> RunningChain | None:
+        """The chain as it is, unless something else made it a base chain: it must go first."""
+        running = self.running.chains.get(chain.name)
+        if running is not None and chain.hook is None and running.hook is not None:
+            return None
+        return running
+
+    def _create(self, chain: Chain) -> None:
+        rules = [("+", rule_line(rule)) for rule in chain.rules]
+        note = _many(chain.rules)
+        self._change("create", "chain", chain.policy, chain.name, note, rules=rules)
 
     def _asks_gone(self, running: RunningChain) -> bool:
         return bool(self.gone) and any(
@@ -611,7 +640,7 @@ class _TablePlanning:
         )
 
     def _edit(self, chain: Chain) -> None:
-        running = self.running.chains.get(chain.name)
+        running = self._there(chain)
         if running is None or chain.name in self.drifted or self._asks_gone(running):
             self.whole.edit.part(print_part(self.table, chains=[_without_hook(chain)]))
             return
@@ -834,6 +863,17 @@ def _moved(one: FlowSet, said: FlowSet | None) -> str:
     return f"threshold {said.threshold} becomes {one.threshold}"
 
 
+def fingerprint(running: Running | None) -> str:
+    """A table's form in short, "" for one that is not there."""
+    if running is None:
+        return ""
+    sets = sorted(
+        f"{name} {one.size} {one.timeout} {one.types}" for name, one in running.sets.items()
+    )
+    seen = sorted(f"{name} {one}" for name, one in listed(running).items())
+    return digest((*seen, *sets, *sorted(running.counters), running.flags))
+
+
 def listed(running: Running) -> dict[str, str]:
     """What the state keeps of how a table is listed."""
     return {
@@ -856,6 +896,12 @@ def drift(table: Table, running: Running, seen: Mapping[str, str], on: Iterable[
     known = {s.name for s in table.sets} | {v.name for v in table.values}
     found += [f"set {name} is gone" for name in sorted(known - set(running.sets))]
     found += [f"set {name} was added" for name in sorted(set(running.sets) - known - set(now))]
+    found += [
+        f"set {one.name} was changed"
+        for one in table.sets
+        if (there := running.sets.get(one.name)) is not None
+        and (_other_form(one, there) or (there.size, there.timeout) != _sized(one))
+    ]
     counters = {c.name for c in table.counters}
     found += [f"counter {name} is gone" for name in sorted(counters - set(running.counters))]
     found += [f"counter {name} was added" for name in sorted(set(running.counters) - counters)]

@@ -94,8 +94,6 @@ ExecReload={itmc} boot
 TimeoutStartSec=90
 Restart=on-failure
 RestartSec=5
-# A policy that is wrong does not mend itself.
-RestartPreventExitStatus=1 2
 {_hardened(program)}
 [Install]
 WantedBy=sysinit.target

@@ -9,10 +9,9 @@ from itmlang.nft.model import TABLE_PREFIX, FlowSet, Table
 from runtime import nft
 from runtime.apply import kernel, our_tables
 from runtime.errors import UsageError
-from runtime.listing import Element
 from runtime.plan import drift
 from runtime.state import State
-from runtime.store import directory, load, now, waiting
+from runtime.store import directory, load, now, reading, waiting
 from runtime.warden import overdue
 
 
@@ -133,7 +132,11 @@ def _refuse(name: str, known: Sequence[str]) -> None:
 
 def _statuses(*, counts: bool, names: Sequence[str] = ()) -> tuple[PolicyStatus, ...]:
     nft.require_rights()
-    state = load()
+    with reading() as store:
+        return _told(store.state, counts, names)
+
+
+def _told(state: State, counts: bool, names: Sequence[str]) -> tuple[PolicyStatus, ...]:
     running = kernel(state)
     on = [entry.name for entry in state.policies if entry.on]
     counters: dict[str, Mapping[str, tuple[int, int]]] = {}
@@ -260,14 +263,10 @@ def flow_counts(name: str) -> dict[str, dict[tuple[Any, ...], tuple[int, int]]]:
         flow: {
             tuple(_value(k) for k in e.key): (e.packets, e.bytes)
             for one in sets
-            for e in _elements(table, one)
+            for e in nft.elements(table.path, one.name)
         }
         for flow, sets in flow_sets(table, name).items()
     }
-
-
-def _elements(table: Table, one: FlowSet) -> Sequence[Element]:
-    return nft.elements(table.path, one.name)
 
 
 def _value(text: str) -> Any:

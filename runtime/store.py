@@ -125,12 +125,32 @@ def locked(known: State | None = None) -> Iterator["Store"]:
         os.close(lock)
 
 
+@contextmanager
+def reading(known: State | None = None) -> Iterator["Store"]:
+    """The state, for looking: nobody changes it, or the kernel's tables, meanwhile.
+
+    Raises `MachineError` if it is damaged or of another version.
+    """
+    folder = directory()
+    try:
+        lock = os.open(folder / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # nothing was ever loaded, or it is not ours to read
+        yield Store(folder, known)
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield Store(folder, known)
+    finally:
+        os.close(lock)
+
+
 def load() -> State:
     """The state as it is; empty if nothing was ever loaded.
 
     Raises `MachineError` if it is damaged or of another version.
     """
-    return Store(directory()).state
+    with reading() as store:
+        return store.state
 
 
 class Store:
@@ -185,14 +205,20 @@ class Store:
     def _path(self, number: int) -> Path:
         return self.folder / f"generation-{number}.json.gz"
 
-    def prepare(self, state: State, why: str, digest: str, parent: int | None = None) -> State:
+    def prepare(
+        self,
+        state: State,
+        why: str,
+        digest: str,
+        was: Mapping[str, str] | None = None,
+    ) -> State:
         """Write a new generation and the state that names it beside those that hold.
 
         `commit` puts it in its place: two steps, so that a full or read-only disk is found
         before the kernel is touched. Returns the state with its number. Raises `MachineError`.
         """
         number = max([*self._numbers, self.state.generation, 0]) + 1
-        parent = self.state.generation if parent is None else parent
+        parent = self.state.generation
         made = Generation(number, parent, time.time(), who(), why, digest)
         self._write(self._path(number), _compressed(_text(state, made)))
         state = replace(state, generation=number)
@@ -201,21 +227,22 @@ class Store:
         going = [one for one in numbers if one not in (parent, number)][
             : max(0, len(numbers) - KEPT)
         ]
-        self._prepare_state(state, [one for one in numbers if one not in going])
+        self._prepare_state(state, [one for one in numbers if one not in going], was or {})
         return state
 
-    def prepare_back(self, state: State) -> State:
+    def prepare_back(self, state: State, was: Mapping[str, str]) -> State:
         """Prepare the state to be one of the generations that are kept (`state.generation`)."""
-        self._prepare_state(state, self._numbers)
+        self._prepare_state(state, self._numbers, was)
         return state
 
-    def _prepare_state(self, state: State, numbers: list[int]) -> None:
+    def _prepare_state(self, state: State, numbers: list[int], was: Mapping[str, str]) -> None:
         content = {
             "schema": SCHEMA,
             "generation": state.generation,
             "applied": {entry.name: entry.applied for entry in state.policies},
             "listed": {path: dict(seen) for path, seen in state.listed.items()},
             "kept": numbers,
+            "was": dict(was),  # the tables that the transaction touches, before it
         }
         self._write(self.folder / "state.json.new", json.dumps(content).encode())
         self._next = numbers
@@ -226,17 +253,21 @@ class Store:
         self.state, self._numbers = state, self._next
         self._tidy()
 
-    def begun(self) -> State | None:
-        """What a command that was ended had prepared and not committed; None for nothing."""
+    def begun(self) -> tuple[State, dict[str, str]] | None:
+        """What a command that was ended had prepared and not committed; None for nothing.
+
+        With the tables that its transaction touches, as they were before it.
+        """
         path = self.folder / "state.json.new"
         if not path.exists():
             return None
         try:
             state, self._next = self._current(path, self.state)
-        except MachineError:
+            was = {str(table): str(form) for table, form in (_read(path) or {})["was"].items()}
+        except (MachineError, KeyError, AttributeError):
             self.abandon()
             return None
-        return state
+        return state, was
 
     def abandon(self) -> None:
         """What was prepared will not hold."""
@@ -256,7 +287,7 @@ class Store:
     def seen(self, listed: Mapping[str, Mapping[str, str]]) -> None:
         """Remember how the kernel lists what was loaded."""
         state = replace(self.state, listed=listed)
-        self._prepare_state(state, self._numbers)
+        self._prepare_state(state, self._numbers, {})
         self.commit(state)
 
     # What a generation had learned when it was left.

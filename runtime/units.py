@@ -56,6 +56,7 @@ class Unit:
     given: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     warned: bool = False  # the compiler had something to say
     compiler: str = ""
+    removed: tuple[str, ...] = ()  # policies of the file that were taken away
 
     @property
     def shown(self) -> str:
@@ -70,7 +71,7 @@ class Unit:
     def made_of(self) -> tuple[object, ...]:
         """All that the ruleset follows from; equal for units that are the same."""
         reads = [(r.path, r.by, r.library, r.source.name, r.source.text) for r in self.reads]
-        return self.source.name, self.source.text, reads, self.given, self.compiler
+        return self.source.name, self.source.text, reads, self.given, self.compiler, self.removed
 
     def without(self, names: set[str]) -> "Unit":
         """The unit without some of its policies; what the others share stays."""
@@ -85,7 +86,8 @@ class Unit:
             order=tuple(name for name in self.ruleset.order if name not in names),
         )
         policies = tuple(p for p in self.policies if p.name not in names)
-        return replace(self, policies=policies, ruleset=ruleset)
+        removed = tuple(sorted({*self.removed, *(names & set(self.names))}))
+        return replace(self, policies=policies, ruleset=ruleset, removed=removed)
 
 
 def _without(table: Table, names: set[str]) -> Table:
@@ -156,20 +158,42 @@ def unit_of(
 
 def still_holds(unit: Unit, source: Source, read: Reader) -> bool:
     """Would compiling this source give the unit again? Nothing that it was made from changed."""
-    if unit.compiler != __version__ or unit.given or unit.warned:
+    if unit.compiler != __version__ or unit.given or unit.warned or unit.removed:
         return False
-    if (unit.source.name, unit.source.text) != (source.name, source.text):
+    if unit.source.text != source.text:
         return False
-    by_name = {source.name: source}
+    # The same files, whatever their paths are called today.
+    by_name = {unit.source.name: source}
     try:
         for one in unit.reads:
             found = read(one.path, by_name[one.by], one.library)
-            if (found.name, found.text) != (one.source.name, one.source.text):
+            if found.text != one.source.text:
                 return False
-            by_name[found.name] = found
+            by_name[one.source.name] = found
     except (UnreadableError, KeyError):
         return False
     return True
+
+
+def renamed(unit: Unit, like: Unit) -> Unit:
+    """The unit with its files called as another unit of the same file calls them.
+
+    So that nothing changes where a file is named by another path than last time.
+    """
+    names = {unit.source.name: like.source.name}
+    for read in unit.reads:
+        known = [
+            other.source.name
+            for other in like.reads
+            if (other.path, other.library, other.by)
+            == (read.path, read.library, names.get(read.by, read.by))
+        ]
+        if known:
+            names[read.source.name] = known[0]
+    data = to_json(unit)
+    data["texts"] = [[names.get(name, name), text] for name, text in data["texts"]]
+    data["reads"] = [[path, names.get(by, by), *rest] for path, by, *rest in data["reads"]]
+    return from_json(data)
 
 
 def _fields(one: Any) -> dict[str, Any]:
@@ -215,6 +239,7 @@ def to_json(unit: Unit) -> dict[str, Any]:
         "given": {name: dict(values) for name, values in unit.given.items()},
         "warned": unit.warned,
         "compiler": unit.compiler,
+        "removed": list(unit.removed),
         "tables": [
             {
                 **{k: getattr(table, k) for k in ("policies", "family", "title", "shared")},
@@ -281,4 +306,5 @@ def from_json(data: Mapping[str, Any]) -> Unit:
         given=data["given"],
         warned=data["warned"],
         compiler=data["compiler"],
+        removed=tuple(data["removed"]),
     )

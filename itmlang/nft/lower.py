@@ -11,8 +11,8 @@ negations (`t` goes somewhere else first) and disjunctions inside of conjunction
 (a chain of their own), so that a condition of size n becomes O(n) rules.
 
 A flow is a dynamic set with a counter in each element. A threshold on it is a
-limit (packets) or quota (bytes) in the same element, evaluated when the packet
-is logged, that latches the flow into a second set; classification looks only
+limit (packets) or quota (bytes) in an element of a set beside it, evaluated when the
+packet is logged, that latches the flow into a third set; classification looks only
 there. So it sees what was logged before this packet, exactly. A rate latches for
 a second; an age is a flow that is known, but no longer in a set of young ones.
 
@@ -533,7 +533,7 @@ class _Lowering:
         self._rule(chain, text, note.span)
 
     def _count(self, chain: Chain, count: ir.Count, family: int) -> None:
-        """Count one flow for one family: a set for each threshold, or one without any."""
+        """Count one flow for one family, and meter it for each threshold."""
         flow = count.flow
         matched = key_match(flow.key, family, self.facts, flow.span)
         if matched is None:

@@ -14,29 +14,31 @@ from runtime.warden import wait
 @click.command()
 @file_argument
 @click.option("--dry-run", is_flag=True, help="Ask the kernel whether it would take it; no change.")
-@click.option(
-    "--digest", default="", metavar="D", help="Only if the plan is still the one with this digest."
-)
+@click.option("--digest", metavar="D", help="Only if the plan is still the one with this digest.")
 @click.option(
     "--confirm",
-    default="",
     metavar="TIME",
     help="Roll back after this time (60s, 5m) unless `itmc confirm` comes.",
 )
 @click.option("--wait", "waiting", is_flag=True, help="With --confirm: wait for either.")
-def command(file: str | None, dry_run: bool, digest: str, confirm: str, waiting: bool) -> None:
+def command(
+    file: str | None, dry_run: bool, digest: str | None, confirm: str | None, waiting: bool
+) -> None:
     """Load the policies of FILE into the kernel of this network namespace.
 
     All of it or nothing. Applying a file again replaces what it brought; flows keep
     their counts and classes their counters. `itmc plan` shows before what would change.
     """
-    time = seconds(confirm) if confirm else 0.0
+    # An empty one (a variable that is not set) must not mean: without it.
+    time = 0.0 if confirm is None else seconds(confirm)
+    if digest is not None and not digest.strip():
+        raise UsageError("--digest needs a digest", "`itmc plan` shows it")
     if waiting and not confirm:
         raise UsageError("--wait goes with --confirm", "as in `itmc apply --confirm 60s --wait`")
     if dry_run and confirm:
         raise UsageError("--dry-run changes nothing: there is nothing to confirm")
     known = load()
-    done = apply(unit(file, known), known=known, check=dry_run, digest=digest, confirm=time)
+    done = apply(unit(file, known), known=known, check=dry_run, digest=digest or "", confirm=time)
     report(done, "would load" if dry_run else "loaded")
     if not confirm:
         return
@@ -57,6 +59,11 @@ def report(done: Applied, verb: str) -> None:
         click.echo(f"removed {', '.join(done.removed)} (no longer in the file)")
     if done.off:
         click.echo(f"off, as before: {', '.join(done.off)} (`itmc enable` switches on)")
+    tell(done)
+
+
+def tell(done: Applied) -> None:
+    """Say what the user must know beside what was done."""
     if done.absent:
         warn(
             f"there is no device {', '.join(done.absent)} here yet",
@@ -64,5 +71,7 @@ def report(done: Applied, verb: str) -> None:
         )
     for change in done.plan.lost:
         warn(change.loss)
+    for text in done.cut:
+        warn(text)
     if done.unkept:
         warn(f"this would not survive a reboot: {done.unkept}")

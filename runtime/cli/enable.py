@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import click
 
 from runtime.apply import switch
+from runtime.cli.output import warn
 
 
 @click.command()
@@ -19,6 +20,6 @@ def command(names: tuple[str, ...]) -> None:
 
 def report(names: Sequence[str], *, on: bool) -> None:
     """Switch policies and say which changed."""
-    changed, state = switch(names, on=on), "on" if on else "off"
+    changed, state = switch(names, on=on, tell=warn), "on" if on else "off"
     for name in dict.fromkeys(names):
         click.echo(f"{name}: {state} {'now' if name in changed else 'already'}")

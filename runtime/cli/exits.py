@@ -1,7 +1,8 @@
 """Failures -> messages on stderr and exit codes, in one place.
 
 0 done; 1 the policy is wrong; 2 wrong use of the command; 3 the machine refused,
-nothing changed; 4 `plan --exit-code` and there are changes; 5 rolled back.
+nothing changed; 4 `plan --exit-code` and there are changes; 5 rolled back; 74 the answer could not
+be written, whatever was done.
 """
 
 from typing import Final
@@ -17,6 +18,7 @@ WRONG_USE: Final = 2
 MACHINE_REFUSED: Final = 3
 CHANGES: Final = 4
 ROLLED_BACK: Final = 5
+UNANSWERED: Final = 74  # EX_IOERR of sysexits.h
 BROKEN_PIPE: Final = 141
 
 
@@ -45,6 +47,13 @@ def exit_code_of(error: Exception) -> int:
             return error.exit_code
         case BrokenPipeError():
             return BROKEN_PIPE
+        case OSError() if error.filename is None:
+            # Of stdout, for what is loaded and what is on disk have errors of their own.
+            warn(
+                f"the answer could not be written: {error.strerror}",
+                "what was asked for may be done: `itmc status` shows it",
+            )
+            return UNANSWERED
         case OSError():
             warn(f"the machine refused: {error}")
             return MACHINE_REFUSED

@@ -18,7 +18,7 @@ from itmlang.source import Reader, Source, Span, UnreadableError
 from runtime.cli.output import show
 from runtime.errors import UsageError
 from runtime.state import State
-from runtime.units import Recorder, Unit, still_holds, unit_of
+from runtime.units import Recorder, Unit, renamed, still_holds, unit_of
 
 if TYPE_CHECKING:  # the compiler is imported when it is needed: an unchanged file needs none
     from itmlang.pipeline import Compiled
@@ -97,7 +97,10 @@ def unit(name: str | None, known: State) -> Unit:
     result = compile(source, recorder)
     gc.freeze()  # it stays as long as the process: no need to look through it
     show(result.warnings)
-    return unit_of(result, key, recorder.reads)
+    made = unit_of(result, key, recorder.reads)
+    if loaded is not None and loaded.shown != made.shown:
+        return renamed(made, loaded)
+    return made
 
 
 def file_key(name: str) -> str:
@@ -171,6 +174,8 @@ def default() -> str:
 def contents(name: str) -> bytes:
     """What a file holds, or the beginning of what is too much; `-` is standard input."""
     if name == "-":
+        if sys.stdin is None:
+            raise UsageError("standard input is closed", "name a policy file")
         return _some(sys.stdin.buffer)
     try:
         # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.

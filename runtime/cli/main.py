@@ -67,7 +67,7 @@ def itmc() -> None:
 
     Exit codes: 0 done, 1 the policy is wrong, 2 wrong use of the command, 3 the
     machine refused and nothing was changed, 4 `plan --exit-code` and there are
-    changes, 5 rolled back.
+    changes, 5 rolled back, 74 the answer could not be written.
     """
 
 

@@ -121,7 +121,7 @@ def _show_kind(changes: Sequence[Change], rules: bool) -> None:
         if rules:
             for mark, rule in change.rules:
                 _coloured(f"      {mark} {rule}", mark)
-        elif change.rules:
+        elif change.rules and change.action != "create":
             say(f"      rules: {_counts(mark for mark, _ in change.rules)}")
     if not rules and len(changes) > _MOST_SHOWN:
         actions = Counter(change.action for change in changes[_MOST_SHOWN:])

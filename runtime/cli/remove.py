@@ -3,6 +3,7 @@
 import click
 
 from runtime.apply import remove
+from runtime.cli.output import warn
 from runtime.errors import UsageError
 
 
@@ -13,5 +14,5 @@ def command(names: tuple[str, ...], everything: bool) -> None:
     """Remove the named policies, rules and learned state, in one transaction."""
     if bool(names) == everything:
         raise UsageError("name the policies to remove, or say --all")
-    gone = remove(names)
+    gone = remove(names, warn)
     click.echo(f"removed {', '.join(gone)}" if gone else "no policy is loaded")

@@ -24,7 +24,7 @@ def command(number: int | None, listed: bool, in_json: bool) -> None:
         return
     if in_json:
         raise UsageError("--json goes with --list")
-    made, plan = rollback(number or 0)
+    made, plan = rollback(number or 0, warn)
     if made is None:
         click.echo("back to the time before anything was loaded")
     else:

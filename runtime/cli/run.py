@@ -24,7 +24,7 @@ def command(file: str | None) -> None:
     # Blocked before anything is loaded: a signal then waits for `sigwait`, and
     # nothing can come between loading and removing.
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)
-    done = apply(result)
+    done = apply(result, boot=False)
     try:
         report(done, "loaded")
         click.echo("running; Ctrl-C removes it")

@@ -3,11 +3,11 @@
 import click
 
 from runtime.apply import set_parameter
-from runtime.cli.apply import report
+from runtime.cli.apply import tell
 from runtime.errors import UsageError
 
 
-@click.command()
+@click.command(context_settings={"ignore_unknown_options": True})  # `-5` is a value
 @click.argument("parameter", metavar="NAME.PARAM")
 @click.argument("value")
 def command(parameter: str, value: str) -> None:
@@ -19,4 +19,6 @@ def command(parameter: str, value: str) -> None:
     policy, dot, name = parameter.partition(".")
     if not (policy and dot and name):
         raise UsageError(f"`{parameter}` names no parameter", "as in `size_aware.threshold`")
-    report(set_parameter(policy, name, value), f"{policy}.{name} is {value}:")
+    done = set_parameter(policy, name, value)
+    click.echo(f"{parameter} is {value}{': as it was' if done.plan.empty else ''}")
+    tell(done)

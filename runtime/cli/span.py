@@ -5,7 +5,7 @@ from typing import Final
 
 from runtime.errors import UsageError
 
-_PART: Final = re.compile(r"(\d{1,9}(?:\.\d+)?)(ms|s|m|h|d)")
+_PART: Final = re.compile(r"(\d{1,9}(?:\.\d+)?)(ms|s|m|h|d)", re.ASCII)
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _LONGEST: Final = 7 * 86_400.0
 
@@ -17,5 +17,5 @@ def seconds(text: str) -> float:
         raise UsageError(f"`{text}` is no time", "times such as 60s, 5m or 1h30m")
     found = sum(float(number) * _UNITS[unit] for number, unit in parts)
     if not 0 < found <= _LONGEST:
-        raise UsageError(f"`{text}` is too {'long' if found else 'short'}", "from 1s to 7d")
+        raise UsageError(f"`{text}` is too {'long' if found else 'short'}", "7d at most")
     return found

@@ -177,16 +177,6 @@ def test_the_network_does_not_wait_for_what_fails_and_a_late_device_is_met(tmp_p
     ]  # fmt: skip
 
 
-def test_a_wrong_policy_is_not_tried_again(tmp_path):
-    said = story(
-        tmp_path,
-        "systemctl start itm || systemctl is-failed itm; sleep 1.5; systemctl is-failed itm",
-        *starts("/bin/sh -c 'echo tried; exit 1'"),
-        "RestartSec=1",
-    )
-    assert [line for line in said if line in ("tried", "failed")] == ["tried", "failed", "failed"]
-
-
 def test_a_running_systemd_knows_what_is_installed_and_removed(tmp_path):
     said = story(
         tmp_path,

@@ -64,7 +64,10 @@ def test_it_returns_at_once_and_goes_back_with_what_was_learned(file):
     )
     file.write_text(COARSE)
     done = run("apply", "--confirm", "2s", str(file))
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert done.stderr == (
+        "itmc: watch: class_few goes, with what it learned: there is no class few any more\n"
+    )
     assert "`itmc confirm` within 2s keeps it, else it is rolled back" in done.stdout
     left = float(pending()["until"]) - time.clock_gettime(time.CLOCK_BOOTTIME)
     assert 0 < left < 2
@@ -272,7 +275,7 @@ def test_while_it_waits_nothing_else_changes_anything(applied):
     before = rules()
     for words in (
         ("apply", str(applied)), ("apply", str(other)), ("apply", "--confirm", "5s", str(other)),
-        ("apply", "--dry-run", str(other)), ("remove", "m"), ("remove", "--all"),
+        ("remove", "m"), ("remove", "--all"),
         ("set", "m.x", "3"), ("enable", "m"), ("disable", "m"),
     ):  # fmt: skip
         done = run(*words)
@@ -313,7 +316,7 @@ def test_a_dead_warden_is_made_up_for_by_the_next_change(applied):
         )
         found = json.loads(run(*words, "--json").stdout)["pending"]
         assert found == {"generation": 2, "back": 1, "seconds": 0.0, "overdue": True}
-    assert run("apply", "--dry-run", str(applied)).returncode == 3
+    assert run("apply", "--dry-run", str(applied)).returncode == 0  # it only looks
     assert last_dscp() == 16
     other = applied.with_name("other.itm")
     other.write_text(OLD.replace("policy m", "policy n").replace("dscp 4", "dscp 8"))

@@ -218,9 +218,9 @@ def test_nothing_is_lost_or_unmarked_while_policies_change(
     assert outcome.sent > FEWEST
     assert (outcome.lost, outcome.unmarked, outcome.misplaced) == (0, 0, 0), outcome
     assert counts(manager) == {"first": outcome.sent, "second": outcome.sent}
-    # The other flow's key changed: what could not be carried over was said.
+    # The other flow's key changed, a class and a policy went: that was said, and no more.
     assert flow_counts(manager)["kept"] == outcome.sent
-    assert lost == {"keyed"}
+    assert lost == {"keyed", "none", "third"}
 
 
 def test_another_order_loses_no_packet_and_leaves_none_unmarked(
