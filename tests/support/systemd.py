@@ -9,6 +9,7 @@ empty network, and a branch of the cgroups. Capabilities that reach the machine 
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,16 @@ from typing import Final
 
 _SYSTEMD: Final = Path("/lib/systemd/systemd")
 _LIMIT: Final = 60.0  # seconds
+_CHECKOUT: Final = Path(__file__).parents[2]
+# Python and an itmc, as the story's units see them.
+PYTHON: Final = f"/media/bin/{Path(sys.executable).name}"
+ITMC: Final = f"""\
+#!{PYTHON}
+import sys
+sys.path.insert(0, "/srv")
+from runtime.cli.main import main
+main()
+"""
 _STORY: Final = """\
 [Unit]
 DefaultDependencies=no
@@ -26,10 +37,13 @@ ExecStart=/bin/sh -c '/bin/sh -eu /mnt/story; echo $? >/mnt/ending; mv /mnt/endi
 StandardOutput=append:/mnt/output
 StandardError=append:/mnt/output
 """
-# $1 is bound to /etc/systemd/system, $2 to /mnt.
+# $1 is bound to /etc/systemd/system, $2 to /mnt, our checkout to /srv and Python to /media:
+# wherever they are, units may hide that place.
 _SETUP: Final = """\
 mount --bind "$1" /etc/systemd/system
 mount --bind "$2" /mnt
+mount --bind "$3" /srv
+mount --bind "$4" /media
 for folder in /tmp /var/tmp /var/lib /run; do mount -t tmpfs -o mode=755 tmpfs $folder; done
 chmod 1777 /tmp /var/tmp
 mkdir /run/dev
@@ -79,7 +93,8 @@ def run(units: Path, shared: Path, story: str) -> str:
         enter = f'echo $$ >{cgroup}/cgroup.procs; exec {unshare} sh -euc "$0" setup "$@"'
         with open(shared / "setup", "w") as messages:
             process = subprocess.Popen(
-                ["sh", "-euc", enter, _SETUP, str(units), str(shared)],
+                ["sh", "-euc", enter, _SETUP, str(units), str(shared),
+                 str(_CHECKOUT), sys.prefix],
                 stdin=subprocess.DEVNULL, stdout=messages, stderr=messages,
             )  # fmt: skip
             deadline = time.monotonic() + _LIMIT
