@@ -35,7 +35,7 @@ from runtime.warden import arm, overdue, told
 Tell = Callable[[str], None]
 # A flow that gets packets while its threshold moves is put right so often.
 _CORRECTIONS: Final = 4
-# Larger sets are not kept for a rollback: reading them would take seconds.
+# Sets that may hold more are not kept for a rollback: reading them would take seconds.
 _LARGEST_KEPT: Final = 262_144
 _ENDING: Final = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGTSTP)
 _DEVICE: Final = re.compile(r'\bdevice "[^"]+"')
@@ -46,8 +46,8 @@ class Applied:
     """What was changed: names of policies loaded and removed, and the plan.
 
     `absent` are devices of hooks that are not here; the kernel waits for them. `off`
-    are policies that were off and stayed so. `generation` is the new one's number, 0 if nothing changed. `unkept` says why the
-    change would not survive a reboot, "" if it would or need not.
+    are policies that were off and stayed so. `generation` is the new one's number, 0 if
+    nothing changed. `told` are sentences that the user must read beside it.
     """
 
     loaded: tuple[str, ...]
@@ -56,8 +56,7 @@ class Applied:
     absent: tuple[str, ...] = ()
     off: tuple[str, ...] = ()
     generation: int = 0
-    unkept: str = ""
-    cut: tuple[str, ...] = ()  # what found no room in a set's new size, in words
+    told: tuple[str, ...] = ()
 
     @property
     def lost(self) -> tuple[str, ...]:
@@ -119,23 +118,27 @@ def apply(
             )
         if check:
             _load(_script(change, {}, _dump), check=True)
-            return _applied(change, unit, 0, "")
+            return _applied(change, unit)
+        said: list[str] = []
         old = store.state.unit(unit.file)
         if change.empty and old is not None and old.made_of == unit.made_of:
-            return _applied(change, unit, 0, store.keep_for_boot())
-        cut: list[str] = []
-        number, unkept = carry_out(
-            store, change, why or f"apply {unit.shown}", confirm=confirm, boot=boot, tell=cut.append
-        )
-        told = tuple(text for text in cut if unkept not in text or not unkept)
-        return replace(_applied(change, unit, number, unkept), cut=told)
+            if boot:
+                _keep_for_boot(store, said.append)
+            return _applied(change, unit, 0, said)
+        number = carry_out(
+            store, change, why or f"apply {unit.shown}",
+            confirm=confirm, boot=boot, tell=said.append,
+        )  # fmt: skip
+        return _applied(change, unit, number, said)
 
 
-def _applied(change: Plan, unit: Unit, number: int, unkept: str) -> Applied:
+def _applied(change: Plan, unit: Unit, number: int = 0, said: Sequence[str] = ()) -> Applied:
     hooks = [c.hook.name for t in unit.ruleset.tables for c in t.base_chains if c.hook]
     absent = dict.fromkeys(device for hook in hooks if (device := _absent(hook)))
     off = tuple(e.name for e in change.state.policies if e.name in unit.names and not e.on)
-    return Applied(unit.ruleset.order, change.deleted, change, tuple(absent), off, number, unkept)
+    return Applied(
+        unit.ruleset.order, change.deleted, change, tuple(absent), off, number, tuple(said)
+    )
 
 
 def remove(names: Sequence[str], tell: Tell | None = None) -> tuple[str, ...]:
@@ -166,7 +169,7 @@ def remove(names: Sequence[str], tell: Tell | None = None) -> tuple[str, ...]:
         if going:
             carry_out(store, change, "remove " + (" ".join(names) or "--all"), tell=tell)
         else:  # what was kept for the boot goes, too
-            _tell(tell, store.keep_for_boot())
+            _keep_for_boot(store, tell)
     return tuple(going)
 
 
@@ -241,9 +244,11 @@ def set_parameter(policy: str, parameter: str, value: str) -> Applied:
         unit = unit_of(compiled, old.file, old.reads, given).without(set(old.removed))
         change = _of_unit(unit, state)
         if change.empty:
-            return _applied(change, unit, 0, "")
-        number, unkept = carry_out(store, change, f"set {policy}.{parameter} {value}")
-        return _applied(change, unit, number, unkept)
+            return _applied(change, unit)
+        said: list[str] = []
+        why = f"set {policy}.{parameter} {value}"
+        number = carry_out(store, change, why, tell=said.append)
+        return _applied(change, unit, number, said)
 
 
 def rollback(number: int = 0, tell: Tell | None = None) -> tuple[Generation | None, Plan]:
@@ -405,13 +410,12 @@ def carry_out(
     kept: Left | None = None,
     boot: bool = True,
     tell: Tell | None = None,
-) -> tuple[int, str]:
+) -> int:
     """Carry a plan out under the lock, as a new generation or going back to one; `sure` if
     also where that cannot be written down.
 
-    Returns the generation's number, and why it would not survive a reboot; without `boot`
-    it is not meant to. What else is to be said goes to `tell`. Raises `MachineError`;
-    then nothing was changed.
+    Returns the generation's number; without `boot` it is not there again after a reboot.
+    What else is to be said goes to `tell`. Raises `MachineError`; then nothing was changed.
     """
     old = store.state.generation
 
@@ -421,7 +425,7 @@ def carry_out(
 
     contents = Contents(change.moves, dump)
     try:
-        left = _leaving(change)
+        left = _leaving(change, tell)
         try:
             state = (
                 store.prepare_back(change.state, change.was)
@@ -449,13 +453,11 @@ def carry_out(
                 _nothing_done(store, confirm)
             raise
         # The kernel has it already: what fails from here on must not look like a refusal.
-        unkept = ""
         try:
             store.commit(state)
         except (MachineError, OSError) as error:
-            unkept = f"what was loaded could not be written down: {error}"
-            _tell(tell, unkept)
-            return state.generation, unkept
+            _tell(tell, f"what was loaded could not be written down: {error}")
+            return state.generation
         with suppress(MachineError, OSError):
             _correct(change.moves, contents)
             seen = {t.path: state.listed.get(t.path, {}) for t in state.tables}
@@ -464,16 +466,21 @@ def carry_out(
                 _insist(store, change)
         if boot and not confirm:
             with suppress(MachineError, OSError):
-                unkept = store.keep_for_boot()
-                _tell(tell, unkept and f"this would not survive a reboot: {unkept}")
+                _keep_for_boot(store, tell)
         for name, number in contents.cut.items():
             _tell(tell, f"{name}: {number} entries found no room in its new size")
-    return state.generation, unkept
+    return state.generation
 
 
 def _tell(tell: Tell | None, text: str) -> None:
-    if tell is not None and text:
+    if tell is not None:
         tell(text)
+
+
+def _keep_for_boot(store: Store, tell: Tell | None) -> None:
+    why_not = store.keep_for_boot()
+    if why_not:
+        _tell(tell, f"this would not survive a reboot: {why_not}")
 
 
 def _insist(store: Store, change: Plan) -> None:
@@ -531,14 +538,16 @@ def _continued(change: Plan, kept: Left | None) -> dict[tuple[str, str], tuple[i
     return found
 
 
-def _leaving(change: Plan) -> Left:
+def _leaving(change: Plan, tell: Tell | None) -> Left:
     """What goes with a plan, and what it learned."""
+    learned = [(p, s) for p, s in change.leaving.sets if s.role in ("count", "learned")]
+    for name in dict.fromkeys(one.name for _, one in learned if one.size > _LARGEST_KEPT):
+        _tell(tell, f"{name} is too large to be kept for a rollback (over {_LARGEST_KEPT} entries)")
     sets = {
         (path, one.name): Kept(one.key, tuple(nft.elements(path, one.name)))
-        for path, one in change.leaving.sets
-        if one.role in ("count", "learned")
+        for path, one in learned
+        if one.size <= _LARGEST_KEPT
     }
-    sets = {key: kept for key, kept in sets.items() if len(kept.elements) <= _LARGEST_KEPT}
     running = {path: nft.counters(path) for path in {p for p, _ in change.leaving.counters}}
     counters = {
         (path, name): running[path][name]

@@ -236,11 +236,7 @@ class _Planning:
         ]
         self.clear.say(f"delete table {path}")
         staying = [name for name in table.policies if name in self.wanted.names]
-        note = (
-            f"{', '.join(staying)} moved to another table"
-            if staying
-            else "no longer wanted, with what it learned"
-        )
+        note = f"{', '.join(staying)} moved to another table" if staying else "no longer wanted"
         learned = "" if staying else "lost"
         policy = table.policies[0]
         self.changes.append(Change("delete", "table", path, policy, table.name, note, learned))
@@ -601,19 +597,13 @@ class _TablePlanning:
                 new.append(chain)
                 edits.append(chain)
                 self._create(chain)
-            elif chain.name in self.drifted:
-                self.whole.clear.say(f"flush chain {self.path} {chain.name}")
-                edits.append(chain)
-                known = chain.name in self.listed
-                note = "something else changed it" if known else "nobody knows what it held"
-                rules = [("-", rule) for rule in running.rules] + [
-                    ("+", rule_line(rule)) for rule in chain.rules
-                ]
-                self._change("replace", "chain", chain.policy, chain.name, note, rules=rules)
-            elif self._asks_gone(running):
+            elif chain.name in self.drifted or self._asks_gone(running):
                 self.whole.clear.say(f"flush chain {self.path} {chain.name}")
                 edits.append(chain)
                 note = "it asks a set that is made again"
+                if chain.name in self.drifted:
+                    known = chain.name in self.listed
+                    note = "something else changed it" if known else "nobody knows what it held"
                 rules = [("-", rule) for rule in running.rules] + [
                     ("+", rule_line(rule)) for rule in chain.rules
                 ]
@@ -871,7 +861,8 @@ def fingerprint(running: Running | None) -> str:
         f"{name} {one.size} {one.timeout} {one.types}" for name, one in running.sets.items()
     )
     seen = sorted(f"{name} {one}" for name, one in listed(running).items())
-    return digest((*seen, *sets, *sorted(running.counters), running.flags))
+    others = sorted(f"{kind} {name}" for kind, name in running.others)
+    return digest((*seen, *sets, *sorted(running.counters), *others, running.flags))
 
 
 def listed(running: Running) -> dict[str, str]:

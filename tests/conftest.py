@@ -1,6 +1,7 @@
 """Options and fixtures: `--bless`, and the networks in which the kernel is asked."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +29,21 @@ def empty_namespace() -> Iterator[Namespace]:
         unavailable(error)
     yield namespace
     namespace.close()
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Namespace]:
+    """The test runs in a namespace of its own, with a state folder of its own."""
+    monkeypatch.setenv("ITM_STATE_DIR", str(tmp_path / "state"))
+    try:
+        namespace = Namespace.create("host")
+    except TrafficError as error:
+        unavailable(error)
+    try:
+        with namespace.entered():
+            yield namespace
+    finally:
+        namespace.close()
 
 
 @pytest.fixture(scope="session")

@@ -71,7 +71,5 @@ def tell(done: Applied) -> None:
         )
     for change in done.plan.lost:
         warn(change.loss)
-    for text in done.cut:
+    for text in done.told:
         warn(text)
-    if done.unkept:
-        warn(f"this would not survive a reboot: {done.unkept}")

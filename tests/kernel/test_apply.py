@@ -21,9 +21,8 @@ from runtime import nft, store
 from runtime import status as runtime_status
 from runtime.cli.files import file_key
 from runtime.errors import MachineError, UsageError
-from runtime.traffic import MAC, Namespace, TrafficError, veth
+from runtime.traffic import MAC, veth
 from runtime.units import Unit, unit_of
-from tests.support.needs import unavailable
 
 ITMC = [sys.executable, "-c", "from runtime.cli.main import main; main()"]
 FLOW = """
@@ -45,21 +44,6 @@ policy {name} {{
     process {{ all {{ set dscp {dscp} }} }}
 }}
 """
-
-
-@pytest.fixture
-def host(tmp_path, monkeypatch):
-    """The test runs in a namespace of its own, with a state folder of its own."""
-    monkeypatch.setenv("ITM_STATE_DIR", str(tmp_path / "state"))
-    try:
-        namespace = Namespace.create("host")
-    except TrafficError as error:
-        unavailable(error)
-    try:
-        with namespace.entered():
-            yield namespace
-    finally:
-        namespace.close()
 
 
 def policy(text: str, name: str = "/policies/a.itm") -> Unit:

@@ -17,7 +17,6 @@ from runtime import nft, store, warden
 from runtime import status as runtime_status
 from runtime.errors import MachineError
 from tests.kernel.test_apply import MARK, counts, last_dscp, policy, send
-from tests.kernel.test_apply import host as host
 from tests.support import commands
 from tests.support.commands import alive, one_message, pending, processes, rules, run, until
 

@@ -17,7 +17,6 @@ from runtime import apply as runtime_apply
 from runtime import nft, store
 from runtime import status as runtime_status
 from tests.kernel.test_apply import MARK, last_dscp, policy, send
-from tests.kernel.test_apply import host as host
 from tests.support import commands
 from tests.support.commands import rules, run, until
 

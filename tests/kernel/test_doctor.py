@@ -47,21 +47,6 @@ WITHOUT_PACKETS = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def host(tmp_path, monkeypatch):
-    """The test runs in a namespace of its own, with a state folder of its own."""
-    monkeypatch.setenv("ITM_STATE_DIR", str(tmp_path / "state"))
-    try:
-        namespace = Namespace.create("host")
-    except TrafficError as error:
-        unavailable(error)
-    try:
-        with namespace.entered():
-            yield namespace
-    finally:
-        namespace.close()
-
-
 @pytest.fixture(scope="module")
 def report() -> Report:
     try:

@@ -12,7 +12,6 @@ import pytest
 from runtime import status as runtime_status
 from runtime import store
 from tests.kernel.test_apply import MARK, last_dscp
-from tests.kernel.test_apply import host as host
 from tests.support import commands
 from tests.support.commands import one_message, pending, processes, rules, run, until
 

@@ -11,7 +11,6 @@ from runtime import nft, store
 from runtime import status as runtime_status
 from runtime.errors import UsageError
 from tests.kernel.test_apply import MARK, counts, last_dscp, policy, send
-from tests.kernel.test_apply import host as host
 from tests.support.commands import one_message, rules, run
 
 WATCH = """

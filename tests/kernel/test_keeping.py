@@ -28,11 +28,10 @@ from runtime.cli.files import reader
 from runtime.errors import UsageError
 from runtime.plan import Plan
 from runtime.store import load
-from runtime.traffic import Namespace, TrafficError, veth
+from runtime.traffic import Namespace, veth
 from runtime.units import Recorder, Unit, unit_of
 from tests.support.cases import CASES
 from tests.support.cases import read as read_case
-from tests.support.needs import unavailable
 
 SO_RCVBUFFORCE = 33  # include/uapi/asm-generic/socket.h
 # The IP length of a datagram with one byte.
@@ -47,21 +46,6 @@ policy watch(threshold: packets = 3) {
     process { many { set dscp cs1 } }
 }
 """
-
-
-@pytest.fixture
-def host(tmp_path, monkeypatch):
-    """The test runs in a namespace of its own, with a state folder of its own."""
-    monkeypatch.setenv("ITM_STATE_DIR", str(tmp_path / "state"))
-    try:
-        namespace = Namespace.create("host")
-    except TrafficError as error:
-        unavailable(error)
-    try:
-        with namespace.entered():
-            yield namespace
-    finally:
-        namespace.close()
 
 
 def unit(text: str, name: str = "/policies/a.itm", read: Reader = no_files) -> Unit:

@@ -12,7 +12,6 @@ from tests.kernel.test_apply import (
     FLOW,
     MARK,
     counts,
-    host,  # noqa: F401
     last_dscp,
     policy,
     send,
@@ -41,7 +40,7 @@ def states() -> dict[str, tuple[str, bool]]:
     return {s.name: (s.state, s.drift) for s in runtime_status.loaded()}
 
 
-def test_off_and_on_again_keeps_all_counts(host):  # noqa: F811
+def test_off_and_on_again_keeps_all_counts(host):
     runtime_apply.apply(policy(FLOW.format(process="many { set dscp cs1 }")))
     send(3)
     assert runtime_apply.switch(["watch"], on=False) == ("watch",)
@@ -56,7 +55,7 @@ def test_off_and_on_again_keeps_all_counts(host):  # noqa: F811
     assert counts("watch") == {"few": 4, "many": 1}
 
 
-def test_each_of_three_can_be_off_alone_and_the_order_holds(host):  # noqa: F811
+def test_each_of_three_can_be_off_alone_and_the_order_holds(host):
     texts = [MARK.format(name=n, priority=0, dscp=d) for n, d in (("a", 1), ("b", 2))]
     runtime_apply.apply(policy("".join(texts)))
     runtime_apply.apply(policy(MARK.format(name="c", priority=0, dscp=3), "/policies/b.itm"))
@@ -70,7 +69,7 @@ def test_each_of_three_can_be_off_alone_and_the_order_holds(host):  # noqa: F811
         assert states() == {n: ("on" if v else "off", False) for n, v in wanted.items()}
 
 
-def test_what_is_off_stays_off_when_its_file_is_applied(host):  # noqa: F811
+def test_what_is_off_stays_off_when_its_file_is_applied(host):
     text = MARK.format(name="a", priority=0, dscp=1) + MARK.format(name="b", priority=0, dscp=2)
     runtime_apply.apply(policy(text))
     runtime_apply.switch(["b"], on=False)
@@ -85,7 +84,7 @@ def test_what_is_off_stays_off_when_its_file_is_applied(host):  # noqa: F811
     assert nft.tables() == ()
 
 
-def test_one_of_a_shared_table_off(host):  # noqa: F811
+def test_one_of_a_shared_table_off(host):
     runtime_apply.apply(policy(SHARED))
     assert last_dscp() == 2
     runtime_apply.switch(["learn"], on=False)
@@ -98,7 +97,7 @@ def test_one_of_a_shared_table_off(host):  # noqa: F811
     assert last_dscp() == 2
 
 
-def test_the_commands(host, tmp_path):  # noqa: F811
+def test_the_commands(host, tmp_path):
     (tmp_path / "a.itm").write_text(MARK.format(name="a", priority=0, dscp=1))
     assert itmc("apply", str(tmp_path / "a.itm")).returncode == 0
     assert itmc("disable", "a").stdout == "a: off now\n"
@@ -110,14 +109,14 @@ def test_the_commands(host, tmp_path):  # noqa: F811
     assert (done.returncode, "no policy `b` is loaded" in done.stderr) == (2, True)
 
 
-def test_a_name_that_is_not_loaded_changes_nothing(host):  # noqa: F811
+def test_a_name_that_is_not_loaded_changes_nothing(host):
     runtime_apply.apply(policy(MARK.format(name="a", priority=0, dscp=1)))
     with pytest.raises(UsageError):
         runtime_apply.switch(["a", "x"], on=False)
     assert last_dscp() == 1
 
 
-def test_order_holds_where_the_state_was_lost(host, tmp_path):  # noqa: F811
+def test_order_holds_where_the_state_was_lost(host, tmp_path):
     texts = [MARK.format(name=n, priority=0, dscp=d) for n, d in (("a", 1), ("b", 2))]
     runtime_apply.apply(policy("".join(texts)))
     (state,) = (tmp_path / "state").rglob("state.json")

@@ -8,7 +8,7 @@ from runtime import apply as runtime_apply
 from runtime import nft
 from runtime import status as runtime_status
 from runtime.errors import MachineError
-from tests.kernel.test_apply import ITMC, host, send  # noqa: F401
+from tests.kernel.test_apply import ITMC, send
 from tests.support.commands import run
 
 TWO = """
@@ -25,7 +25,7 @@ policy bb {{ at output classify {{ all }} process {{ all {{ set ttl 9 }} }} }}
 
 
 @pytest.fixture
-def file(host, tmp_path, monkeypatch):  # noqa: F811
+def file(host, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "two.itm"
     path.write_text(TWO.format(size=100))
