@@ -1,12 +1,16 @@
 # make demo: set up, then show a policy on real TCP.  make test: set up, then run all tests.
+# make test-stock: those tests that load policies, before Debian's own kernel, emulated.
 
 VENV := .venv
 BIN := $(VENV)/bin
-# What the Python packages and the tests need of Debian. Only what is missing is installed.
-DEBIAN := libnftables1 nftables python3-venv systemd
+# What the Python packages and the tests need of Debian; the compiler and the headers are for
+# NetfilterQueue, which comes as source. Only what is missing is installed.
+DEBIAN := gcc libc6-dev libnetfilter-queue-dev libnftables1 nftables python3-dev python3-venv systemd
+# What an emulated machine needs besides.
+STOCK_DEBIAN := busybox-static kmod qemu-system-x86 zstd
 PYTHON ?= python3
 
-.PHONY: setup demo test nightly lint clean
+.PHONY: setup demo test test-stock nightly lint clean
 
 setup: $(VENV)/.ready
 
@@ -17,9 +21,11 @@ $(VENV)/.ready: pyproject.toml | debian
 	$(BIN)/pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: debian
-debian:
-	@missing=""; for package in $(DEBIAN); do \
+.PHONY: debian stock-debian
+debian: PACKAGES = $(DEBIAN)
+stock-debian: PACKAGES = $(STOCK_DEBIAN)
+debian stock-debian:
+	@missing=""; for package in $(PACKAGES); do \
 	  dpkg-query -W -f '$${Status}' $$package 2>/dev/null | grep -q 'install ok installed' \
 	    || missing="$$missing $$package"; done; \
 	if [ -n "$$missing" ]; then echo "installing$$missing"; \
@@ -36,10 +42,15 @@ lint: setup
 test: lint
 	$(BIN)/pytest -n auto
 
-# The long forms of the random tests: 20 000 packets before the kernel, 200 000 texts.
+# TESTS="…": these instead of its own choice, with any options of pytest.
+test-stock: setup stock-debian
+	$(BIN)/python -m tests.stock.boot $(TESTS)
+
+# The long forms of the random tests: 20 000 packets before the kernel, 200 000 texts,
+# 200 000 damaged packets.
 nightly: setup
-	ITM_POLICIES=200 ITM_FUZZ=200000 ITM_EXAMPLES=4000 $(BIN)/pytest -n auto \
-	  tests/test_parser.py tests/test_simplify.py tests/kernel/test_random.py
+	ITM_POLICIES=200 ITM_FUZZ=200000 ITM_EXAMPLES=4000 ITM_PACKETS=200000 $(BIN)/pytest -n auto \
+	  tests/test_parser.py tests/test_simplify.py tests/test_headers.py tests/kernel/test_random.py
 
 clean:
-	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .stock dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -25,8 +25,8 @@ class Feature:
 
     `part` is the part of itm that asks for it, one of `PARTS`. `spelled` is a pattern
     that finds it in a line of a compiled ruleset whose quotes are empty; "" if no rule
-    of the compiler needs it. A policy without such a feature of the part "policies"
-    is refused.
+    of the compiler needs it. A policy without such a feature is refused. Of the part
+    "queues" a machine needs one alone.
     """
 
     name: str
@@ -43,6 +43,8 @@ class Feature:
 
 PARTS: Final[Mapping[str, str]] = {
     "policies": "what policies compile to",
+    "queues": "packets to Python, one way or the other",
+    "tunnels": "tunnels of the kernel's own",
     "applying": "changing what runs",
     "lab": "throwaway networks, for `lab` and `test --kernel`",
     "later": "for versions to come",
@@ -182,6 +184,37 @@ FEATURES: Final[tuple[Feature, ...]] = (
         "log groups", "policies", "`sample`", "no `sample`",
         _module("nfnetlink_log", "CONFIG_NETFILTER_NETLINK_LOG"), r"\blog prefix \"\" group\b",
     ),
+    # What Python does.
+    Feature(
+        "fragments together", "policies", "`decapsulate` of what was fragmented on its way", "no `decapsulate`",
+        _module("nft_tproxy", "CONFIG_NFT_TPROXY"), r"\btproxy ip\b",
+    ),
+    Feature(
+        "flow hashes", "policies", "packets of a flow kept together among several queues", "no `queues` but one",
+        _module("nft_hash", "CONFIG_NFT_HASH"), r"\bsymhash\b",
+    ),
+    Feature(
+        "connection marks", "policies", "what a handler decides `once per connection`",
+        "no `once per connection`: it sees every packet", _module("nft_ct", "CONFIG_NF_CONNTRACK_MARK and CONFIG_NFT_CT"),
+        r"\bct mark\b",
+    ),
+    Feature(
+        "native queue", "queues", "`call`, tunnels, `run python`, by nftables' own `queue`",
+        "the xt queue does the same", _module("nft_queue", "CONFIG_NFT_QUEUE"), r"\bqueue flags bypass to\b",
+    ),
+    Feature(
+        "xt queue", "queues", "`call`, tunnels, `run python`, by the older target NFQUEUE",
+        "the native queue does the same", _module("xt_NFQUEUE", "CONFIG_NFT_COMPAT and CONFIG_NETFILTER_XT_TARGET_NFQUEUE"),
+        r"# NFQUEUE ",
+    ),
+    Feature(
+        "BPF on routes", "tunnels", "`encapsulate` in the kernel", "Python does it",
+        "a kernel with CONFIG_LWTUNNEL_BPF",
+    ),
+    Feature(
+        "BPF on links", "tunnels", "`decapsulate` in the kernel", "Python does it",
+        _module("cls_bpf", "CONFIG_NET_CLS_BPF and CONFIG_NET_SCH_INGRESS"),
+    ),
     # Changing what runs.
     Feature(
         "sets changed in place", "applying", "a new time-out or size for a set that keeps its elements",
@@ -206,14 +239,6 @@ FEATURES: Final[tuple[Feature, ...]] = (
     ),
     # What parts to come will ask.
     Feature(
-        "native queue", "later", "packets to a program, by nftables' own `queue`",
-        "the xt queue does the same", _module("nft_queue", "CONFIG_NFT_QUEUE"),
-    ),
-    Feature(
-        "xt queue", "later", "packets to a program, by the older NFQUEUE target",
-        "the native queue does the same", _module("xt_NFQUEUE", "CONFIG_NFT_COMPAT and CONFIG_NETFILTER_XT_TARGET_NFQUEUE"),
-    ),
-    Feature(
         "HTB", "later", "shaping by class", "no shaping", _module("sch_htb", "CONFIG_NET_SCH_HTB"),
     ),
     Feature(
@@ -229,16 +254,8 @@ FEATURES: Final[tuple[Feature, ...]] = (
         _module("sch_netem", "CONFIG_NET_SCH_NETEM"),
     ),
     Feature(
-        "IPIP", "later", "tunnels of the kernel's own", "tunnels by BPF or a program",
+        "IPIP", "later", "tunnels of the kernel's own", "tunnels by BPF, or by Python",
         _module("ipip", "CONFIG_NET_IPIP"),
-    ),
-    Feature(
-        "BPF on routes", "later", "encapsulation without a program in the way", "tunnels of the kernel's own, or by a program",
-        "a kernel with CONFIG_LWTUNNEL_BPF",
-    ),
-    Feature(
-        "BPF on links", "later", "decapsulation without a program in the way", "tunnels of the kernel's own, or by a program",
-        _module("cls_bpf", "CONFIG_NET_CLS_BPF"),
     ),
 )  # fmt: skip
 
@@ -262,6 +279,12 @@ class Capabilities:
     def lacking(self, part: str) -> tuple[Feature, ...]:
         """The features of a part that the machine has not, in their order."""
         return tuple(f for f in FEATURES if f.part == part and f.name not in self.features)
+
+    @property
+    def queue(self) -> str:
+        """The form of rules to queues that the machine takes, "native" before "xt"."""
+        xt_alone = "native queue" not in self.features and "xt queue" in self.features
+        return "xt" if xt_alone else "native"
 
     def to_json(self) -> dict[str, Any]:
         """As plain data for JSON; `from_json` reads it."""

@@ -5,19 +5,24 @@ collected. What comes out is `ir.Policy`, in which nothing can be wrong any more
 but what only the simplifier (can it ever match?) or the kernel can tell.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final, TypeVar
 
 from itmlang import ir, syntax, values
 from itmlang.actions import ACTIONS, Action
+from itmlang.actions.call import Call
 from itmlang.actions.drop import Drop
+from itmlang.actions.encapsulate import Encapsulate
 from itmlang.conditions import COMPARED, Conditions, flow_tests
 from itmlang.diagnostics import Findings, did_you_mean
 from itmlang.evaluate import Parameter, Scope, one_address, single, value_set
 from itmlang.fields import EGRESS, FIELDS, HOOKS, INGRESS, INTEREST_FIELDS, Field, hook_kind
 from itmlang.rates import advice, fits, period
 from itmlang.resolve import DEFAULT_SIZE, Instance, Program, check_name, size_options
-from itmlang.values import PARAMETER_TYPES, Names, Type, ValueSet
+from itmlang.source import Span
+from itmlang.tunnelling import Inward, inward, outward, why_not
+from itmlang.values import IPV4, PARAMETER_TYPES, Names, Type, ValueSet
+from itmlang.workers import refuse
 
 DEFAULT_TIMEOUT: Final = 5 * 60_000
 # nft packs the types of a key into 32 bits, six for each field; the kernel has
@@ -34,7 +39,21 @@ DEFAULT_GROUP: Final = 1
 FULL_PACKET: Final = 1500  # bytes, as an Ethernet carries them
 
 # Words of the language that later versions will know as actions.
-_LATER: Final = frozenset({"call", "encapsulate", "decapsulate", "route", "send", "proxy"})
+_LATER: Final = frozenset({"route", "send", "proxy"})
+# Class numbers of a policy fit into the bits of `model.CLASS_BITS`, workers on a machine.
+MOST_QUEUES: Final = 16
+LARGEST_QUEUE: Final = 65_535  # the greatest number of one, and the packets that wait in it
+LEAST_COPY: Final = 128  # bytes: the longest IPv4 header and TCP's, or IPv6's with extensions
+LARGEST_PACKET: Final = 65_535
+LARGEST_BUFFER: Final = 1 << 30
+
+_QUEUE_OPTIONS: Final[Mapping[str, tuple[Type, int, int]]] = {
+    "queues": (values.NUMBER, 1, MOST_QUEUES),
+    "length": (values.PACKETS, 1, LARGEST_QUEUE),
+    "buffer": (values.BYTES, 1 << 16, LARGEST_BUFFER),
+    "copy": (values.BYTES, LEAST_COPY, LARGEST_PACKET),
+    "from": (values.NUMBER, 0, LARGEST_QUEUE),
+}
 
 Node = TypeVar("Node", bound=syntax.Statement)
 
@@ -50,6 +69,7 @@ def check(program: Program, findings: Findings) -> tuple[ir.Policy, ...]:
     policies = tuple(policy for policy in checked if policy is not None)
     if not findings.failed:
         _check_sets(program, policies, findings)
+        _check_queues(policies, findings)
     return policies
 
 
@@ -69,6 +89,12 @@ def _check_sets(program: Program, policies: Iterable[ir.Policy], findings: Findi
     for policy in policies:
         for one in policy.learned:
             other = standing.setdefault(one, policy)
+            if policy is not other and (policy.in_python or other.in_python):
+                findings.error(
+                    "E034", f"`{policy.name}` and `{other.name}` cannot share `@{one.name}`: "
+                    "what a policy learns in Python stays there", policy.span,
+                    help="leave `run python` out",
+                )  # fmt: skip
             if _egress(policy) != _egress(other):
                 findings.error(
                     "E016", f"`{policy.name}` and `{other.name}` cannot share `@{one.name}`: "
@@ -83,6 +109,20 @@ def _check_sets(program: Program, policies: Iterable[ir.Policy], findings: Findi
                     "W012", f"nothing is ever added to `@{leaf.set.name}`", leaf.span,
                     help=f"some policy's `update` should `add … to @{leaf.set.name}`",
                 )  # fmt: skip
+
+
+def _check_queues(policies: Iterable[ir.Policy], findings: Findings) -> None:
+    """Refuse two policies that name the same queue."""
+    owner: dict[int, ir.Policy] = {}
+    for policy in policies:
+        for number in policy.queueing.given if policy.hands_over else ():
+            other = owner.setdefault(number, policy)
+            if other is not policy:
+                findings.error(
+                    "E012", f"`{policy.name}` and `{other.name}` both take the queue {number}",
+                    policy.queueing.span, help="leave `from` out: itm finds free ones",
+                )  # fmt: skip
+                break
 
 
 def _egress(policy: ir.Policy) -> bool:
@@ -119,11 +159,12 @@ class _Check:
         counts, notes = self._log(conditions)
         process = self._process({rule.name for rule in rules}, hooks, conditions)
         updates = self._updates(conditions)
-        self._placement()
+        run, fails_open = self._placement()
+        queueing = self._queueing()
         self._unused(counts, complete and not self._failed(errors_before))
         if not complete or self._failed(errors_before):
             return None
-        return ir.Policy(
+        policy = ir.Policy(
             name=self.instance.name.text,
             hooks=hooks,
             at=self.at,
@@ -141,7 +182,12 @@ class _Check:
                 for p in self.node.parameters
                 if (value := self._value_of(p)) is not None
             },
+            in_python=run is not None,
+            fails_open=fails_open,
+            queueing=queueing,
         )
+        self._python(policy, run)
+        return None if self._failed(errors_before) else policy
 
     def _failed(self, before: int) -> bool:
         """Was an error found since there were `before` findings?"""
@@ -402,9 +448,11 @@ class _Check:
         node = self._one(syntax.Classify, "classify")
         rules: list[ir.ClassRule] = []
         otherwise: ir.ClassRule | None = None
+        # A handler can give a packet any class, those that no condition leads to, too.
+        named = any(isinstance(one, syntax.Call) for one in self._actions())
         for rule in node.rules if node is not None else ():
             check_name(rule.name, self.findings)
-            if otherwise is not None:
+            if otherwise is not None and not named:
                 self.findings.warning(
                     "W001",
                     f"`{rule.name.text}` is never reached: `{otherwise.name}` takes all packets",
@@ -515,12 +563,23 @@ class _Check:
                     "E010", f"there is no class `{block.name.text}`", block.name.span,
                     help=did_you_mean(block.name.text, classes),
                 )  # fmt: skip
-            process[block.name.text] = self._steps(block.actions, hooks, conditions)
+            steps = process[block.name.text] = self._steps(block.actions, hooks, conditions)
+            once = next(
+                (n for n, s in enumerate(steps) if isinstance(s, ir.Step) and s.action.once),
+                len(steps),
+            )
+            later = ir.python_part(steps, once + 1)
+            if once < len(steps) and later < len(steps):
+                self.findings.error(
+                    "E034", "what follows on `once per connection` is done by the kernel, "
+                    "and this needs Python", steps[later].span,
+                    notes=(("the first packet is shown here", steps[once].span),),
+                )  # fmt: skip
         return process
 
     def _steps(
         self,
-        nodes: Iterable[syntax.Action | syntax.Limit],
+        nodes: Iterable[syntax.ActionNode],
         hooks: tuple[str, ...],
         conditions: Conditions,
     ) -> ir.Steps:
@@ -529,9 +588,18 @@ class _Check:
             if isinstance(node, syntax.Limit):
                 limit = self._limit(node, hooks, conditions)
                 steps += [limit] if limit is not None else []
+                continue
+            action: Action | None
+            if isinstance(node, syntax.Call):
+                action = self._sound(Call((node.target.text, node.once)), node.target.span)
+                if node.once and not conditions.met(FIELDS["ct.state"], node.span):
+                    action = None
+            elif isinstance(node, syntax.Encapsulate):
+                action = self._encapsulate(node)
             else:
-                action = self._action(node, hooks)
-                steps += [ir.Step(action, node.span)] if action is not None else []
+                action = self._action(node)
+            if action is not None and self._stands(action, hooks, node.span):
+                steps.append(ir.Step(action, node.span))
         self._after_verdict(steps)
         return tuple(steps)
 
@@ -576,9 +644,49 @@ class _Check:
                 "W013", f"no packet of more than {amount + burst} bytes passes this limit",
                 node.span, help=f"a larger burst mends that: `burst {FULL_PACKET} bytes`",
             )  # fmt: skip
+        for step in ir.every_step(otherwise):
+            if step.action.once:
+                self.findings.error(
+                    "E034", "what holds for a connection cannot depend on a limit", step.span,
+                    notes=(("the limit is here", node.rate.span),),
+                )  # fmt: skip
         return ir.Limit(amount, seconds, in_bytes, burst, flow, otherwise, node.span)
 
-    def _action(self, node: syntax.Action, hooks: tuple[str, ...]) -> Action | None:
+    def _stands(self, action: Action, hooks: tuple[str, ...], span: Span) -> bool:
+        """Can the action stand at all the hooks?"""
+        for hook in hooks:
+            if hook_kind(hook) not in action.hooks:
+                self.findings.error(
+                    "E037", f"`{' '.join(action.words)}` cannot stand at {hook}: {action.why}",
+                    span, help=f"it can at {', '.join(action.hooks)}",
+                )  # fmt: skip
+                return False
+        return True
+
+    def _sound(self, action: Action, span: Span) -> Action | None:
+        if action.refusal():
+            self.findings.error("E023", action.refusal(), span)
+            return None
+        return action
+
+    def _encapsulate(self, node: syntax.Encapsulate) -> Action | None:
+        ends: list[int | None] = []
+        for value in (node.target, node.source):
+            if value is None:
+                ends.append(None)
+                continue
+            found = one_address(value, self.scope, self.findings)
+            if found is None:
+                return None
+            if found[0] != IPV4:
+                self.findings.error(
+                    "E023", "a tunnel's ends are IPv4 addresses (RFC 2003)", value.span
+                )
+                return None
+            ends.append(found[1])
+        return self._sound(Encapsulate(tuple(ends)), node.span)
+
+    def _action(self, node: syntax.Action) -> Action | None:
         kind = next((a for a in ACTIONS if a.words == node.words), None)
         if kind is None:
             written = " ".join(node.words)
@@ -591,13 +699,13 @@ class _Check:
                 help="" if later else values.unit_help(written) or did_you_mean(written, known),
             )  # fmt: skip
             return None
-        for hook in hooks:
-            if hook_kind(hook) not in kind.hooks:
-                self.findings.error(
-                    "E037", f"`{' '.join(kind.words)}` cannot stand at {hook}: {kind.why}",
-                    node.span, help=f"it can at {', '.join(kind.hooks)}",
-                )  # fmt: skip
-                return None
+        if kind in (Call, Encapsulate):
+            self.findings.error(
+                "E001", f"unexpected end of `{node.words[0]}`", node.span,
+                help='write `call "module:function"`' if kind is Call
+                else "write `encapsulate to 192.0.2.1`",
+            )  # fmt: skip
+            return None
         if kind.operand is None or node.value is None:
             return kind()
         value: object
@@ -607,11 +715,7 @@ class _Check:
             value = single(node.value, kind.operand, self.scope, self.findings)
         if value is None:
             return None
-        action = kind(value)
-        if action.refusal():
-            self.findings.error("E023", action.refusal(), node.value.span)
-            return None
-        return action
+        return self._sound(kind(value), node.value.span)
 
     # Updates.
 
@@ -655,14 +759,10 @@ class _Check:
                 )
                 return
 
-    def _placement(self) -> None:
+    def _placement(self) -> tuple[syntax.Run | None, bool]:
+        """The line `run python`, and whether packets pass while nobody serves them."""
         run = self._one(syntax.Run, "run")
-        if run is not None and run.where.text == "python":
-            self.findings.error(
-                "E034", "`run python` needs the queue runtime, which does not exist yet",
-                run.span, help="leave it out: all that this version knows runs in the kernel",
-            )  # fmt: skip
-        elif run is not None and run.where.text != "kernel":
+        if run is not None and run.where.text not in ("kernel", "python"):
             self.findings.error(
                 "E010", f"a policy cannot run in `{run.where.text}`", run.where.span,
                 help="`run kernel` or `run python`",
@@ -673,6 +773,86 @@ class _Check:
                 "E010", f"a policy cannot fail `{fail.mode.text}`", fail.mode.span,
                 help="`fail open` or `fail closed`",
             )  # fmt: skip
+        if run is not None and run.where.text == "kernel":
+            self._all_in_kernel(run)
+        in_python = run is not None and run.where.text == "python"
+        return run if in_python else None, fail is None or fail.mode.text == "open"
+
+    def _python(self, policy: ir.Policy, run: syntax.Run | None) -> None:
+        """What the policy has in Python must be possible, and allowed, there."""
+        for said in self._all(syntax.Run):
+            if said.where.text == "kernel":
+                self._no_tunnels_in_python(policy, said)
+        if run is not None or policy.hands_over:
+            refuse(policy, self.at if run is None else run.span, self.findings)
+            return
+        for node in self._all(syntax.Queues):
+            self.findings.warning(
+                "W014", "nothing of the policy runs in Python, so it has no queues", node.span
+            )
+
+    def _all_in_kernel(self, run: syntax.Run) -> None:
+        """Refuse what `run kernel` cannot mean."""
+        for node in self._actions():
+            if isinstance(node, syntax.Call):
+                self.findings.error(
+                    "E034", "the policy says `run kernel`, and a handler runs in Python",
+                    node.span, notes=(("it says so here", run.span),),
+                )  # fmt: skip
+
+    def _no_tunnels_in_python(self, policy: ir.Policy, run: syntax.Run) -> None:
+        for name, steps in policy.process.items():
+            tunnel = next((s for s in ir.every_step(ir.handed_over(steps)) if s.in_python), None)
+            if (
+                tunnel is not None
+                and outward(policy, name) is None
+                and not isinstance(inward(policy, name), Inward)
+            ):
+                why = why_not(policy, name) or "only a class's last action can be a tunnel there"
+                self.findings.error(
+                    "E034", f"the policy says `run kernel`, and the kernel cannot `{tunnel.action}`: {why}",
+                    tunnel.span, notes=(("it says so here", run.span),),
+                )  # fmt: skip
+
+    def _actions(self) -> Iterator[syntax.ActionNode]:
+        """All actions as written, those of limits, too."""
+        left = [a for p in self._all(syntax.Process) for b in p.blocks for a in b.actions]
+        while left:
+            node = left.pop()
+            if isinstance(node, syntax.Limit):
+                left += node.otherwise or ()
+            yield node
+
+    def _queueing(self) -> ir.Queueing:
+        node = self._one(syntax.Queues, "queues")
+        if node is None:
+            return ir.Queueing()
+        given: dict[str, int] = {}
+        options = [(syntax.Name(node.number.span, "queues"), node.number), *node.options]
+        for word, value in options:
+            if word.text not in _QUEUE_OPTIONS:
+                self.findings.error(
+                    "E010", f"queues have no `{word.text}`", word.span,
+                    help=did_you_mean(word.text, _QUEUE_OPTIONS.keys() - {"queues"}),
+                )  # fmt: skip
+                continue
+            type, low, high = _QUEUE_OPTIONS[word.text]
+            number = single(value, type, self.scope, self.findings)
+            if word.text in given:
+                self.findings.error("E012", f"`{word.text}` is named twice", word.span)
+            elif number is not None and not low <= number <= high:
+                self.findings.error(
+                    "E023", f"`{word.text}` lies between {low} and {high}", value.span
+                )
+            elif number is not None:
+                given[word.text] = number
+        first = given.get("from")
+        if first is not None and first + given.get("queues", 1) > LARGEST_QUEUE + 1:
+            self.findings.error("E023", f"the greatest queue is {LARGEST_QUEUE}", node.span)
+        return ir.Queueing(
+            given.get("queues", 1), given.get("length", 4096), given.get("buffer", 8 << 20),
+            given.get("copy"), first, node.span,
+        )  # fmt: skip
 
     # Warnings about names.
 

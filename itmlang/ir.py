@@ -160,6 +160,10 @@ class Step:
     action: Action
     span: Span
 
+    @property
+    def in_python(self) -> bool:
+        return self.action.in_python
+
 
 @dataclass(frozen=True, eq=False)
 class Limit:
@@ -179,6 +183,10 @@ class Limit:
     otherwise: tuple["Step | Limit", ...]
     span: Span
 
+    @property
+    def in_python(self) -> bool:
+        return any(step.in_python for step in self.otherwise)
+
 
 Steps = tuple[Step | Limit, ...]
 
@@ -187,6 +195,52 @@ def verdict(steps: Steps) -> str:
     """The verdict with which steps end, "" if they leave it to what follows."""
     last = steps[-1] if steps else None
     return last.action.verdict if isinstance(last, Step) else ""
+
+
+def python_part(steps: Steps, start: int = 0) -> int:
+    """Where the part of the steps begins that runs in Python, from `start` on; their end if none."""
+    return next((n for n in range(start, len(steps)) if steps[n].in_python), len(steps))
+
+
+def handed_over(steps: Steps) -> Steps:
+    """The steps that Python does: from the first that needs it on.
+
+    Behind one that is done `once` for a connection the kernel goes on.
+    """
+    part = steps[python_part(steps) :]
+    first = part[0] if part else None
+    return part[:1] if isinstance(first, Step) and first.action.once else part
+
+
+def every_step(steps: Steps) -> Iterator[Step]:
+    """All actions of some steps, those of limits, too."""
+    for step in steps:
+        if isinstance(step, Limit):
+            yield from every_step(step.otherwise)
+        else:
+            yield step
+
+
+@dataclass(frozen=True)
+class Queueing:
+    """How packets reach Python.
+
+    `number` queues, each with a worker of its own; `length` packets wait in each at most;
+    `buffer` bytes has each socket; of each packet `copy` bytes are copied (None: as many
+    as its handler asks for); `first` is the first queue's number (None: by what is done there).
+    """
+
+    number: int = 1
+    length: int = 4096
+    buffer: int = 8 << 20
+    copy: int | None = None
+    first: int | None = None
+    span: Span | None = None  # None if the policy does not say
+
+    @property
+    def given(self) -> range:
+        """The numbers of queues that the policy names."""
+        return range(0) if self.first is None else range(self.first, self.first + self.number)
 
 
 @dataclass(frozen=True)
@@ -256,6 +310,9 @@ class Policy:
     updates: tuple[Addition | Removal, ...]
     span: Span
     parameters: dict[str, str] = field(default_factory=dict)
+    in_python: bool = False  # `run python`: all of it
+    fails_open: bool = True  # what becomes of packets for Python that nobody serves
+    queueing: Queueing = Queueing()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -269,8 +326,15 @@ class Policy:
         return (self.interest, *(c.condition for c in asked if c.condition is not None))
 
     @property
+    def hands_over(self) -> bool:
+        """Are there packets for Python?"""
+        return self.in_python or any(map(handed_over, self.process.values()))
+
+    @property
     def tracks(self) -> bool:
-        """Does the policy name anything that connection tracking tells?"""
+        """Does the policy name anything that connection tracking tells or keeps?"""
+        if any(s.action.once for steps in self.process.values() for s in every_step(steps)):
+            return True
         if any(field.tracked for flow in self.flows for field in flow.key):
             return True
         return any(

@@ -28,6 +28,7 @@ _ITEMS: Final = frozenset(
     {
         "include", "set_declaration", "policy", "use", "test",
         "at", "priority", "interest", "flow", "classify", "log", "process", "update", "run", "fail",
+        "queues", "call", "encapsulate",
         "interest_line", "class_rule", "count", "sample", "record", "class_block", "action",
         "verdict", "limit", "addition", "removal", "test_policy", "path", "wait", "send",
     }

@@ -11,7 +11,7 @@ RFC 1624, the way the kernel does, so that both give the same bytes.
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from itmlang.values import IPV4, IPV6, PROTOCOLS
 
@@ -24,22 +24,79 @@ SCTP: Final = PROTOCOLS["sctp"]
 UDPLITE: Final = PROTOCOLS["udplite"]
 # Where the checksum of a transport header lies, and whose covers the addresses, too.
 _PORT_CHECKSUMS: Final = {TCP: 16, UDP: 6}
-_PSEUDO_CHECKSUMS: Final = {**_PORT_CHECKSUMS, UDPLITE: 6, ICMPV6: 2}
+PSEUDO_CHECKSUMS: Final = {**_PORT_CHECKSUMS, UDPLITE: 6, ICMPV6: 2}
 # Protocols whose ports can be rewritten: those whose checksum nftables mends.
 REWRITTEN_PORTS: Final = frozenset({TCP, UDP, SCTP})
 # Protocols whose header begins with a source and a destination port:
 # TCP, UDP, DCCP (RFC 4340), SCTP (RFC 9260), UDP-Lite (RFC 3828).
 PORT_PROTOCOLS: Final = frozenset({6, 17, 33, 132, 136})
 
-_FRAGMENT, _AUTHENTICATION, _NO_NEXT = 44, 51, 59
-_EXTENSIONS: Final = frozenset({0, 43, _FRAGMENT, _AUTHENTICATION, _NO_NEXT, 60})
+FRAGMENT: Final = 44
+_AUTHENTICATION, _NO_NEXT = 51, 59
+_EXTENSIONS: Final = frozenset({0, 43, FRAGMENT, _AUTHENTICATION, _NO_NEXT, 60})
 _IPV4_HEADER, _IPV6_HEADER = 20, 40
 _FRAGMENT_OFFSET = 185  # in units of eight bytes: behind 1480
-_TCP_FLAGS_OFFSET, _TCP_HEADER, _MSS_OPTION, _MSS_LENGTH = 13, 20, 2, 4
+MSS_OPTION: Final = 2
+_TCP_FLAGS_OFFSET, _TCP_HEADER, _MSS_LENGTH = 13, 20, 4
 
 
 class MalformedError(ValueError):
     """The bytes are no IPv4 or IPv6 packet that a host's IP layer would accept."""
+
+
+class Layout(NamedTuple):
+    """Where a packet's headers lie, as its bytes tell."""
+
+    family: int
+    length: int  # of the whole packet, as the IP header has it
+    protocol: int | None  # of the transport; None where IPv6 extension headers are broken off
+    transport: int  # where the transport header begins; what a later fragment holds instead
+    fragment_offset: int
+    is_fragment: bool  # the first one, too
+
+
+def locate(data: bytes | bytearray) -> Layout:
+    """Find the headers; `data` may end before the packet does.
+
+    Raises `MalformedError` without a whole IP header, or if its length is no packet's.
+    """
+    version = data[0] >> 4 if data else 0
+    if version == IPV6:
+        return _locate_ipv6(data)
+    if version != IPV4:
+        raise MalformedError("neither an IPv4 nor an IPv6 header")
+    transport = (data[0] & 15) * 4
+    if not _IPV4_HEADER <= transport <= len(data):
+        raise MalformedError("the IPv4 header is cut short")
+    length = data[2] << 8 | data[3]
+    if length < transport:
+        raise MalformedError("the IPv4 total length does not fit the header")
+    fragment = (data[6] << 8 | data[7]) & 0x3FFF
+    return Layout(IPV4, length, data[9], transport, fragment & 0x1FFF, fragment != 0)
+
+
+def _locate_ipv6(data: bytes | bytearray) -> Layout:
+    if len(data) < _IPV6_HEADER:
+        raise MalformedError("the IPv6 header is cut short")
+    length = _IPV6_HEADER + (data[4] << 8 | data[5])
+    end = min(length, len(data))
+    offset, following, is_fragment = _IPV6_HEADER, data[6], False
+    while following in _EXTENSIONS and following != _NO_NEXT:
+        if offset + (4 if following == FRAGMENT else 2) > end:
+            # A broken chain: the kernel knows no transport protocol either.
+            return Layout(IPV6, length, None, offset, 0, is_fragment)
+        if following == _AUTHENTICATION:
+            break
+        after, size = data[offset], (data[offset + 1] + 1) * 8
+        if following == FRAGMENT:
+            size, is_fragment = 8, True
+            fragment_offset = struct.unpack_from("!H", data, offset + 2)[0] & 0xFFF8
+            if fragment_offset:
+                known = after not in _EXTENSIONS or after == _NO_NEXT
+                protocol = after if known else None
+                return Layout(IPV6, length, protocol, offset + size, fragment_offset, True)
+        following, offset = after, offset + size
+    return Layout(IPV6, length, following, offset, 0, is_fragment)
 
 
 @dataclass
@@ -68,55 +125,18 @@ class Packet:
     transport: int = field(init=False)  # offset of the transport header
 
     def __post_init__(self) -> None:
-        version = self.data[0] >> 4 if self.data else 0
-        if version == IPV4:
-            self._locate_ipv4()
-        elif version == IPV6:
-            self._locate_ipv6()
-        else:
-            raise MalformedError("neither an IPv4 nor an IPv6 header")
+        (
+            self.family, length, self.protocol, self.transport,
+            self.fragment_offset, self.is_fragment,
+        ) = locate(self.data)  # fmt: skip
+        if length > len(self.data):
+            raise MalformedError("the IP length does not fit the packet")
+        del self.data[length:]
 
-    def _locate_ipv4(self) -> None:
-        data = self.data
-        if len(data) < _IPV4_HEADER or (data[0] & 15) * 4 < _IPV4_HEADER:
-            raise MalformedError("the IPv4 header is cut short")
-        self.transport = (data[0] & 15) * 4
-        total = struct.unpack_from("!H", data, 2)[0]
-        if total < self.transport or total > len(data):
-            raise MalformedError("the IPv4 total length does not fit the packet")
-        del data[total:]
-        self.family, self.protocol = IPV4, data[9]
-        fragment = struct.unpack_from("!H", data, 6)[0] & 0x3FFF
-        self.fragment_offset, self.is_fragment = fragment & 0x1FFF, fragment != 0
-
-    def _locate_ipv6(self) -> None:
-        data = self.data
-        if len(data) < _IPV6_HEADER:
-            raise MalformedError("the IPv6 header is cut short")
-        total = _IPV6_HEADER + struct.unpack_from("!H", data, 4)[0]
-        if total > len(data):
-            raise MalformedError("the IPv6 payload length does not fit the packet")
-        del data[total:]
-        self.family, self.protocol, self.transport = IPV6, None, _IPV6_HEADER
-        offset, following = _IPV6_HEADER, data[6]
-        while following in _EXTENSIONS and following != _NO_NEXT:
-            if offset + 2 > len(data):
-                return  # a broken chain: the kernel knows no transport protocol either
-            after, size = data[offset], (data[offset + 1] + 1) * 8
-            if following == _FRAGMENT:
-                if offset + 4 > len(data):
-                    return
-                size, self.is_fragment = 8, True
-                fragment_offset = struct.unpack_from("!H", data, offset + 2)[0] & 0xFFF8
-                if fragment_offset:
-                    self.fragment_offset = fragment_offset
-                    if after not in _EXTENSIONS or after == _NO_NEXT:
-                        self.protocol = after
-                    return
-            elif following == _AUTHENTICATION:
-                break
-            following, offset = after, offset + size
-        self.protocol, self.transport = following, offset
+    def replace(self, data: bytes) -> None:
+        """Put another packet's bytes in place. Raises `MalformedError`."""
+        self.data[:] = data
+        self.__post_init__()
 
     # Header fields, each None where the packet has none.
 
@@ -210,20 +230,11 @@ class Packet:
         return None if place is None else self._word(place)
 
     def _mss_place(self) -> int | None:
-        """Where the option's value lies; options are walked as `nft_exthdr_tcp_eval` does."""
         raw = self.transport_bytes(12, 1) if self.protocol == TCP else None
         size = 0 if raw is None else (raw[0] >> 4) * 4
         header = self.transport_bytes(0, size) if size >= _TCP_HEADER else None
-        if header is None:
-            return None
-        at = _TCP_HEADER
-        while at < size - 1:
-            kind, length = header[at], header[at + 1]
-            step = 1 if kind <= 1 or length == 0 else length
-            if kind == _MSS_OPTION:
-                return None if at + step > size or step < 4 else self.transport + at + 2
-            at += step
-        return None
+        place = None if header is None else mss_place(header)
+        return None if place is None else self.transport + place
 
     def _word(self, place: int) -> int:
         return self.data[place] << 8 | self.data[place + 1]
@@ -235,7 +246,7 @@ class Packet:
         if self.family == IPV6:
             self.data[7] = ttl
         else:
-            self._write(8, bytes((ttl, self.data[9])), [10])
+            rewrite(self.data, 8, bytes((ttl, self.data[9])), [10])
 
     def set_source(self, address: tuple[int, int]) -> None:
         """Write the source address (family, integer) of a packet of its family."""
@@ -250,14 +261,14 @@ class Packet:
         # such packets are left alone, as are those of which it does not know what they carry.
         if family != self.family or self.protocol in (DCCP, None):
             return
-        transport = self._checksum_place(_PSEUDO_CHECKSUMS)
+        transport = self._checksum_place(PSEUDO_CHECKSUMS)
         if self.protocol == TCP and transport is None and not self.fragment_offset:
             return
         checksums = [transport] if transport is not None else []
         if family == IPV4:
-            self._write(ipv4_offset, value.to_bytes(4), [10, *checksums])
+            rewrite(self.data, ipv4_offset, value.to_bytes(4), [10, *checksums])
         else:
-            self._write(ipv6_offset, value.to_bytes(16), checksums)
+            rewrite(self.data, ipv6_offset, value.to_bytes(16), checksums)
 
     def set_source_port(self, port: int) -> None:
         """Write the source port of TCP, UDP and SCTP (whose checksum lies over all fragments)."""
@@ -282,7 +293,7 @@ class Packet:
             return
         place = self._checksum_place(_PORT_CHECKSUMS)
         if place is not None:
-            self._write(start, port.to_bytes(2), [place])
+            rewrite(self.data, start, port.to_bytes(2), [place])
         elif self.protocol == UDP and self.transport_bytes(6, 2) == b"\0\0":
             self.data[start : start + 2] = port.to_bytes(2)
 
@@ -307,15 +318,6 @@ class Packet:
         checksum = updated_checksum(self._word(check), before, size)
         self.data[check : check + 2] = (0 if checksum == 0xFFFF else checksum).to_bytes(2)
 
-    def _write(self, offset: int, new: bytes, checksums: Iterable[int]) -> None:
-        """Replace whole 16-bit words; the checksums at these places follow (RFC 1624)."""
-        before = int.from_bytes(self.data[offset : offset + len(new)])
-        after = int.from_bytes(new)
-        self.data[offset : offset + len(new)] = new
-        for place in checksums:
-            checksum = updated_checksum(self._word(place), before, after)
-            self.data[place : place + 2] = checksum.to_bytes(2)
-
     def set_tos(self, tos: int) -> None:
         """Write the TOS byte (traffic class); the IPv4 header checksum follows."""
         before = struct.unpack_from("!H", self.data, 0)[0]
@@ -332,14 +334,54 @@ class Packet:
         self.set_tos(dscp << 2 | self.ecn)
 
 
+def rewrite(data: bytearray, offset: int, new: bytes, checksums: Iterable[int]) -> None:
+    """Replace whole 16-bit words; the checksums at these places follow (RFC 1624)."""
+    before, after = int.from_bytes(data[offset : offset + len(new)]), int.from_bytes(new)
+    data[offset : offset + len(new)] = new
+    for place in checksums:
+        mend(data, place, before, after)
+
+
+def mend(data: bytearray, place: int, before: int, after: int) -> None:
+    """Let the checksum at a place follow changed 16-bit words, given as one number each."""
+    checksum = updated_checksum(data[place] << 8 | data[place + 1], before, after)
+    data[place], data[place + 1] = checksum >> 8, checksum & 0xFF
+
+
+def mss_place(header: bytes | bytearray) -> int | None:
+    """Where the value of the MSS option lies in a TCP header, None if it has none that is sound.
+
+    Options are walked as `nft_exthdr_tcp_eval` does.
+    """
+    at, size = _TCP_HEADER, len(header)
+    while at < size - 1:
+        kind, length = header[at], header[at + 1]
+        step = 1 if kind <= 1 or length == 0 else length
+        if kind == MSS_OPTION:
+            return None if at + step > size or step < 4 else at + 2
+        at += step
+    return None
+
+
+def transport_checksum(protocol: int, ends: bytes, transport: bytes | bytearray) -> int:
+    """The checksum of TCP, UDP, ICMP or ICMPv6, from its bytes with a checksum of zero.
+
+    `ends` are the source and destination of the pseudo-header (RFC 9293 section 3.1,
+    RFC 8200 section 8.1).
+    """
+    pseudo = b"" if protocol == ICMP else ends + struct.pack("!II", len(transport), protocol)
+    checksum = internet_checksum(pseudo + transport)
+    return checksum or 0xFFFF if protocol == UDP else checksum
+
+
+# 65 536 is 1 modulo 65 535, so a sum of 16-bit words with its carries folded back in is
+# the words as one big-endian number modulo 65 535: one's complement has two zeros.
+
+
 def internet_checksum(data: bytes | bytearray) -> int:
     """The checksum of RFC 1071 over some bytes (an odd last one is padded)."""
-    if len(data) % 2:
-        data = bytes(data) + b"\0"
-    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return ~total & 0xFFFF
+    number = int.from_bytes(data) << 8 * (len(data) % 2)
+    return -number % 0xFFFF if number else 0xFFFF
 
 
 def updated_checksum(checksum: int, before: int, after: int) -> int:
@@ -348,13 +390,7 @@ def updated_checksum(checksum: int, before: int, after: int) -> int:
     A result of zero is written as 0xffff, as `nft_payload` does: equal in one's
     complement, and the same bytes as the kernel's.
     """
-    total = (~checksum & 0xFFFF) + after
-    while before:
-        total += ~before & 0xFFFF
-        before >>= 16
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return (~total & 0xFFFF) or 0xFFFF
+    return (checksum + before - after) % 0xFFFF or 0xFFFF
 
 
 def crc32c(data: Iterable[int]) -> int:
@@ -411,7 +447,7 @@ class Header:
         ports = struct.pack("!HH", self.source_port or 0, self.destination_port or 0)
         if self.protocol == TCP:
             flags = 0x10 if self.flags is None else self.flags
-            option = b"" if self.mss is None else struct.pack("!BBH", _MSS_OPTION, 4, self.mss)
+            option = b"" if self.mss is None else struct.pack("!BBH", MSS_OPTION, 4, self.mss)
             size = _TCP_HEADER + len(option) << 2
             fixed = struct.pack("!IIBBHHH", 1, 1, size, flags, 65535, 0, 0)
             return ports + fixed + option + payload
@@ -434,11 +470,7 @@ class Header:
         ends = source.to_bytes(size) + self.destination[1].to_bytes(size)
         place = {TCP: 16, UDP: 6, ICMP: 2, ICMPV6: 2}.get(self.protocol)
         if place is not None:
-            pseudo = ends + struct.pack("!II", len(transport), self.protocol)
-            covered = transport if self.protocol == ICMP else pseudo + transport
-            checksum = internet_checksum(covered)
-            if self.protocol == UDP:
-                checksum = checksum or 0xFFFF
+            checksum = transport_checksum(self.protocol, ends, transport)
             struct.pack_into("!H", transport, place, checksum)
         elif self.protocol == SCTP:
             struct.pack_into("<I", transport, 8, crc32c(transport))
@@ -454,7 +486,7 @@ class Header:
             first, following = 6 << 28 | self.tos << 20, self.protocol
             if self.fragment:
                 extension = struct.pack("!BBHI", self.protocol, 0, _FRAGMENT_OFFSET << 3, 1)
-                transport, following = bytearray(extension + transport), _FRAGMENT
+                transport, following = bytearray(extension + transport), FRAGMENT
             fixed = struct.pack("!IHBB", first, len(transport), following, self.ttl)
             header = bytearray(fixed + ends)
         return Packet(header + transport, self.input, self.output, self.mark)

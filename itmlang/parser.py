@@ -49,13 +49,17 @@ _TERMINALS: Final = {
 # Words of the language that later versions will know.
 _LATER: Final = frozenset(
     {
-        "link", "overlay", "tunnel", "control", "call", "encapsulate", "decapsulate", "route",
-        "proxy", "every",
+        "link", "overlay", "tunnel", "control", "route", "proxy", "every",
     }
 )  # fmt: skip
 # What other languages write there.
 _ELSEWHERE: Final = {"|": "write `or`", "&": "write `and`", "!": "write `not`", "'": 'write `"`'}
 _BEFORE: Final = re.compile(r"[a-z]+(?=\s*\Z)")
+# Actions with a form of their own, as they begin where they are written otherwise.
+_FORMS: Final = (
+    (re.compile(r"\bcall\s+[\w.]*\s*\Z"), 'write `call "module:function"`'),
+    (re.compile(r"\bencapsulate\s+\Z"), "write `encapsulate to ADDRESS`"),
+)
 _MARKS: Final = re.compile(
     r'#[^\n]*|"[^"\n]*"|[{}()]|^[ \t]*(?:include|set|policy|use|test)\b'
     r"|(?:\bnot\b(?:[\s;]|#[^\n]*\n)*){64}",
@@ -275,6 +279,9 @@ def _report(
             help = _not_yet(str(token))
     if not help and before is not None and before.group() in _LATER:
         help = _not_yet(before.group())
+    for form, advice in _FORMS:
+        if form.search(source.text[max(0, span.start - 40) : span.start]):
+            help = advice
     findings.error("E001", f"unexpected `{token}`{_expected(rule, accepted)}", span, help=help)
 
 
@@ -455,6 +462,13 @@ class _Nodes:
     def verdict(self, span: Span, children: list[Token]) -> syntax.Action:
         return syntax.Action(span, (str(children[0]),), None)
 
+    def call(self, span: Span, children: list[Any]) -> syntax.Call:
+        target, once = children
+        return syntax.Call(span, self._text(target), once is not None)
+
+    def encapsulate(self, span: Span, children: list[Any]) -> syntax.Encapsulate:
+        return syntax.Encapsulate(span, *children)
+
     def otherwise(self, span: Span, children: list[Any]) -> tuple[Any, ...]:
         return tuple(children)
 
@@ -484,6 +498,16 @@ class _Nodes:
 
     def fail(self, span: Span, children: list[Token]) -> syntax.Fail:
         return syntax.Fail(span, self._name(children[0]))
+
+    def queue_option(self, span: Span, children: list[Any]) -> tuple[syntax.Name, Any]:
+        word, value = children
+        return self._name(word), value
+
+    def queue_first(self, span: Span, children: list[Any]) -> tuple[syntax.Name, Any]:
+        return syntax.Name(span, "from"), children[0]
+
+    def queues(self, span: Span, children: list[Any]) -> syntax.Queues:
+        return syntax.Queues(span, children[0], tuple(children[1:]))
 
     def parameter(self, span: Span, children: list[Any]) -> syntax.Parameter:
         return syntax.Parameter(span, *children)

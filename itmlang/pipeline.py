@@ -1,9 +1,9 @@
-"""The passes, in order: text -> trees -> declarations -> checked -> simplified -> placed -> ruleset -> text -> allowed by the machine."""
+"""The passes, in order: text -> trees -> declarations -> checked -> simplified -> ruleset -> text -> allowed by the machine."""
 
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from itmlang import ir
 from itmlang.capabilities import EVERYTHING, Capabilities
@@ -13,6 +13,7 @@ from itmlang.modules import load
 from itmlang.nft.lower import lower
 from itmlang.nft.model import Ruleset
 from itmlang.nft.needs import refuse_lacking
+from itmlang.nft.queueing import for_xt
 from itmlang.nft.text import Text, print_ruleset
 from itmlang.place import Placement, place
 from itmlang.resolve import Given, resolve
@@ -61,8 +62,11 @@ def compile(
     read: Reader = no_files,
     capabilities: Capabilities = EVERYTHING,
     given: Given | None = None,
+    queue: str = "",
 ) -> Compiled:
     """All passes; `read` gives the files that this one names, `given` values of parameters.
+
+    `queue` is the form of rules to queues, "native" or "xt"; what the machine takes if left out.
 
     Raises `CompileError` with all the errors found, also where a policy needs what the
     machine of the `capabilities` lacks.
@@ -70,7 +74,7 @@ def compile(
     findings = Findings()
     with _no_collection():
         policies, trials = _analyse(source, read, findings, given)
-        return lowered(source, policies, trials, findings, capabilities)
+        return lowered(source, policies, trials, findings, capabilities, queue)
 
 
 def lowered(
@@ -79,12 +83,23 @@ def lowered(
     trials: tuple[Trial, ...],
     findings: Findings,
     capabilities: Capabilities = EVERYTHING,
+    queue: str = "",
 ) -> Compiled:
     """Checked policies through the later passes. Raises `CompileError`."""
-    simplified = tuple(simplify(policy, findings) for policy in policies)
+    simplified = tuple(simplify(_asked_of_kernel(policy), findings) for policy in policies)
     findings.raise_errors()
-    placements = tuple(p for s in simplified for p in place(s.policy, s.whole.facts))
-    ruleset = lower(source.name, simplified, findings)
+    ruleset = lower(source.name, simplified, findings, capabilities)
+    handing = {one.policy: one for table in ruleset.tables for one in table.queues}
+    tunnels = [one for table in ruleset.tables for one in table.tunnels]
+    placements = tuple(
+        one
+        for p in policies
+        for one in place(
+            p, handing.get(p.name), [t for t in tunnels if t.policy == p.name], capabilities
+        )
+    )
+    if (queue or capabilities.queue) == "xt":
+        ruleset = for_xt(ruleset)
     text = print_ruleset(ruleset)
     refuse_lacking(text, capabilities, findings)
     findings.raise_errors()
@@ -98,6 +113,18 @@ def lowered(
         text,
         findings.diagnostics,
     )
+
+
+def _asked_of_kernel(policy: ir.Policy) -> ir.Policy:
+    """What a policy learns in Python is known there alone: its interest is asked again."""
+    if not policy.in_python:
+        return policy
+    terms = [
+        term
+        for term in policy.interest.terms
+        if not any(isinstance(leaf, ir.Member) for leaf in ir.leaves(term))
+    ]
+    return replace(policy, interest=ir.And(tuple(terms), policy.interest.span))
 
 
 def _analyse(

@@ -18,7 +18,8 @@ from random import Random
 from typing import Final
 
 from itmlang import ir
-from itmlang.conntrack import Conntrack, Tracked
+from itmlang.actions import Action
+from itmlang.conntrack import Connection, Conntrack, Tracked
 from itmlang.fields import EGRESS, FIELDS, INGRESS, TRACKING, TRACKING_HOOKS, Field
 from itmlang.packet import Packet
 from itmlang.rates import Bucket
@@ -71,6 +72,33 @@ class Outcome:
 _UNTOUCHED: Final = Outcome(False, None, "accept")
 
 
+@dataclass(frozen=True, slots=True)
+class Did:
+    """What an action in Python came to: a verdict ("" for none), another class, or neither."""
+
+    verdict: str = ""
+    name: str | None = None
+
+
+# Does an action that nftables cannot say to a packet.
+Doer = Callable[[Action, Packet, float], Did]
+PASSED: Final = Did()
+
+
+def nothing_done(action: Action, packet: Packet, now: float) -> Did:
+    """Leaves the packet as it is: for where no handler is loaded and no path is known."""
+    return PASSED
+
+
+@dataclass(frozen=True, slots=True)
+class _Decided:
+    """What was decided for a connection; `mark` is None if its packets keep theirs."""
+
+    verdict: str
+    name: str | None
+    mark: int | None
+
+
 class State:
     """One policy and all that it learned. Learned sets are shared among policies."""
 
@@ -79,8 +107,19 @@ class State:
         policy: ir.Policy,
         sets: dict[str, SetTable] | None = None,
         random: Random | None = None,
+        do: Doer = nothing_done,
     ) -> None:
         self.policy = policy
+        self._do = do
+        # Where Python's part of a class's steps begins.
+        self._begins = {name: ir.python_part(steps) for name, steps in policy.process.items()}
+        self._decided: dict[Connection, _Decided] = {}
+        self._once = {
+            name
+            for name, steps in policy.process.items()
+            for step in steps
+            if isinstance(step, ir.Step) and step.action.once
+        }
         self.sets = {} if sets is None else sets
         for one in policy.learned:
             self.sets.setdefault(one.name, SetTable(one))
@@ -129,23 +168,85 @@ class State:
         name = None
         if found is not None:
             name = found.name
+            if name in self._once:
+                name = self._moved(name, packet)
             self.packets[name] += 1
             self.bytes[name] += packet.length
-            run.tell("classify", found.span, found.name)
+            run.tell("classify", found.span, name)
         for count in self.policy.counts:
             self._count(count, packet, now, lines)
         if self.policy.notes:
             self._note(packet, now, run)
-        verdict = ""
-        if name is not None:
-            verdict = self._process(self.policy.process.get(name, ()), packet, now, run)
-        for update, predicate in run.updates:
-            if predicate is None or predicate(packet, now):
-                self._update(update, packet, now, run)
+        steps, begin = self.policy.process.get(name or "", ()), self._begins.get(name or "", 0)
+        verdict = self._act(steps, packet, now, run, begin)
         if lines is None:
             return run.outcomes[name, verdict or "accept"]
         decided = found.span if found is not None else None
         return Outcome(True, name, verdict or "accept", tuple(lines), decided)
+
+    def resume(self, name: str, begin: int, packet: Packet, now: float, moved: bool = False) -> str:
+        """The verdict of a class's actions from one on, as Python does them; "" if they give none.
+
+        All before was done already: it is what the kernel hands over. `moved` tells that it
+        was a handler that named the class.
+        """
+        steps = self.policy.process.get(name, ())
+        return self._process(steps[begin:] if begin else steps, packet, now, self._plain, moved)
+
+    def _moved(self, name: str, packet: Packet) -> str:
+        """The class that was decided for the packet's connection, else its own."""
+        decided = self._decided.get(packet.connection)
+        if decided is None or decided.name is None:
+            return name
+        if decided.mark is not None:
+            packet.mark = decided.mark
+        return decided.name
+
+    def _act(
+        self,
+        steps: ir.Steps,
+        packet: Packet,
+        now: float,
+        run: "_Closures",
+        begin: int | None = None,
+    ) -> str:
+        """What the kernel does, the updates, what Python does; the verdict, "" for none."""
+        begin = ir.python_part(steps) if begin is None else begin
+        verdict = self._process(steps[:begin], packet, now, run) if begin else ""
+        if not verdict and begin < len(steps):
+            step = steps[begin]
+            if isinstance(step, ir.Step) and step.action.once:
+                decided = self._decide(step, packet, now)
+                if decided.mark is not None:
+                    packet.mark = decided.mark
+                told = f"class {decided.name}" if decided.name is not None else decided.verdict
+                run.tell("process", step.span, str(step.action), told or "accept")
+                if decided.name is not None:
+                    return self._act(self.policy.process.get(decided.name, ()), packet, now, run)
+                if decided.verdict != "drop":
+                    return self._act(steps[begin + 1 :], packet, now, run)
+                verdict = "drop"
+        for update, predicate in run.updates:
+            if predicate is None or predicate(packet, now):
+                self._update(update, packet, now, run)
+        return verdict or self._process(steps[begin:], packet, now, run)
+
+    def _decide(self, step: ir.Step, packet: Packet, now: float) -> _Decided:
+        """What holds for the packet's connection; its first packet decides."""
+        known = self._decided.get(packet.connection)
+        if known is not None:
+            return known
+        mark = packet.mark
+        did = self._do(step.action, packet, now)
+        given = self.policy.process.get(did.name or "", ())
+        if step in ir.every_step(given):  # its own class
+            did = Did(did.verdict)
+        elif ir.handed_over(given):  # the kernel keeps no class that is for Python
+            return _Decided("" if self.policy.fails_open else "drop", None, None)
+        decided = _Decided(did.verdict, did.name, packet.mark if packet.mark != mark else None)
+        if packet.connection is not None:
+            self._decided[packet.connection] = decided
+        return decided
 
     def _count(self, count: ir.Count, packet: Packet, now: float, lines: list[Line] | None) -> None:
         table = self.flows[count.flow.name]
@@ -173,18 +274,32 @@ class State:
             run.tell("log", note.span, " ".join(note.span.text.split()), "yes" if taken else "no")
         self._interested += 1
 
-    def _process(self, steps: ir.Steps, packet: Packet, now: float, run: "_Closures") -> str:
-        """Do the steps; the verdict, "" if they give none."""
+    def _process(
+        self, steps: ir.Steps, packet: Packet, now: float, run: "_Closures", moved: bool = False
+    ) -> str:
+        """Do the steps; the verdict, "" if they give none. A packet is `moved` to a class once."""
         for step in steps:
             if isinstance(step, ir.Limit):
                 over = self._bucket(step).over(packet.length if step.flow is None else packet, now)  # type: ignore[arg-type]
                 run.tell("process", step.span, _head(step.span), "over" if over else "within")
                 if over:
-                    verdict = self._process(step.otherwise, packet, now, run)
+                    verdict = self._process(step.otherwise, packet, now, run, moved)
                     if verdict:
                         return verdict
                 continue
             action = step.action
+            if action.in_python:
+                did = self._do(action, packet, now)
+                if run.lines is not None:
+                    told = did.verdict or (f"class {did.name}" if did.name is not None else "done")
+                    run.tell("process", step.span, str(action), told)
+                if did.verdict:
+                    return did.verdict
+                given = None if did.name is None else self.policy.process.get(did.name, ())
+                # To name its own class is to go on.
+                if given is not None and not moved and step not in ir.every_step(given):
+                    return self._process(given, packet, now, run, moved=True) or "accept"
+                continue
             if run.lines is not None:
                 _tell_action(step, packet, run)
             else:
@@ -497,12 +612,13 @@ class Host:
 
     policies: Sequence[ir.Policy]
     seed: int = 0
+    do: Doer = nothing_done
     states: dict[str, State] = field(init=False)
     sets: dict[str, SetTable] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         random = Random(self.seed)
-        self.states = {p.name: State(p, self.sets, random) for p in self.policies}
+        self.states = {p.name: State(p, self.sets, random, self.do) for p in self.policies}
         self._conntrack = Conntrack() if any(p.tracks for p in self.policies) else None
         self._ways: dict[tuple[str, str | None, str | None], list[_Stop]] = {}
         self._steps: dict[tuple[str, str | None, str | None], list[_Step | _Stop]] = {}

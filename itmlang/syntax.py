@@ -233,6 +233,24 @@ class Action:
 
 
 @dataclass(frozen=True)
+class Call:
+    """`call "module:function"`, `once` for each connection."""
+
+    span: Span
+    target: Text
+    once: bool
+
+
+@dataclass(frozen=True)
+class Encapsulate:
+    """`encapsulate to ADDRESS from ADDRESS`; without `source` the route chooses it."""
+
+    span: Span
+    target: Value
+    source: Value | None
+
+
+@dataclass(frozen=True)
 class Limit:
     """`limit RATE burst N per FLOW else { … }`; `otherwise` is None without an `else`."""
 
@@ -240,14 +258,17 @@ class Limit:
     rate: Value
     burst: Value | None
     flow: Name | None
-    otherwise: tuple["Action | Limit", ...] | None
+    otherwise: tuple["ActionNode", ...] | None
+
+
+ActionNode = Action | Call | Encapsulate | Limit
 
 
 @dataclass(frozen=True)
 class ClassBlock:
     span: Span
     name: Name
-    actions: tuple[Action | Limit, ...]
+    actions: tuple[ActionNode, ...]
 
 
 @dataclass(frozen=True)
@@ -295,7 +316,21 @@ class Fail:
     mode: Name
 
 
-Statement = At | Priority | Interest | Flow | Classify | Log | Process | Update | Run | Fail
+@dataclass(frozen=True)
+class Queues:
+    """`queues N length N buffer SIZE copy SIZE from N`: how packets reach Python.
+
+    Each option is its word and its value.
+    """
+
+    span: Span
+    number: Value
+    options: tuple[tuple[Name, Value], ...]
+
+
+Statement = (
+    At | Priority | Interest | Flow | Classify | Log | Process | Update | Run | Fail | Queues
+)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from itmlang.evaluate import Scope, one_address, single
 from itmlang.packet import Header, Packet
 from itmlang.packets import header
 from itmlang.resolve import Instance, Program, arguments
-from itmlang.semantics import PATHS, Host, Line, Visit
+from itmlang.semantics import PATHS, Doer, Host, Line, Visit, nothing_done
 from itmlang.source import Span
 from itmlang.values import Type
 
@@ -242,12 +242,12 @@ class _Reader:
 # Running.
 
 
-def run(trial: Trial, path: str = "forward") -> list[Failure]:
+def run(trial: Trial, path: str = "forward", do: Doer = nothing_done) -> list[Failure]:
     """The trial through the semantics: what did not come as expected, one failure a line.
 
-    `path` is that of packets for which the test names none.
+    `path` is that of packets for which the test names none; `do` does what is Python's.
     """
-    host, now, failures = Host(trial.policies), 0.0, list[Failure]()
+    host, now, failures = Host(trial.policies, do=do), 0.0, list[Failure]()
     for step in trial.steps:
         if isinstance(step, Wait):
             now += step.seconds

@@ -19,8 +19,8 @@ from logging import warning
 from typing import Final
 
 from itmlang.diagnostics import CompileError, Diagnostic, did_you_mean
-from itmlang.nft.model import TABLE_PREFIX
-from runtime import nft
+from itmlang.nft.model import TABLE_PREFIX, Queue
+from runtime import netlink, nft, serving, steering, xt
 from runtime.errors import MachineError, RolledBackError, UsageError
 from runtime.listing import Element, Running
 from runtime.migrate import Contents, Dump, Kept, Left, Move, corrections
@@ -78,6 +78,8 @@ def planned(unit: Unit, known: State | None = None) -> tuple[Plan, State]:
 
 def _of_unit(unit: Unit, state: State) -> Plan:
     _refuse_foreign(unit, state)
+    others = [other for other in state.units if other.file != unit.file]
+    (unit,) = xt.fitted(steering.fitted([unit], state, others))
     old = state.unit(unit.file)
     units = (old, unit) if old else (unit,)
     scope = {table.path for one in units for table in one.ruleset.tables}
@@ -122,6 +124,9 @@ def apply(
         said: list[str] = []
         old = store.state.unit(unit.file)
         if change.empty and old is not None and old.made_of == unit.made_of:
+            # Handlers may have changed.
+            serving.prepare(store.folder, store.state.generation, store.state, {unit.file})
+            steering.settle(store.folder, store.state)
             if boot:
                 _keep_for_boot(store, said.append)
             return _applied(change, unit, 0, said)
@@ -171,6 +176,24 @@ def remove(names: Sequence[str], tell: Tell | None = None) -> tuple[str, ...]:
         else:  # what was kept for the boot goes, too
             _keep_for_boot(store, tell)
     return tuple(going)
+
+
+def withdraw(going: Callable[[Unit], bool]) -> tuple[str, ...]:
+    """Take away those units of programs that are `going`; the names of their policies.
+
+    Raises `MachineError`; then nothing was changed.
+    """
+    with _changing() as store:
+        state = store.state
+        units = [unit for unit in state.units if unit.program and going(unit)]
+        names = tuple(name for unit in units for name in unit.names)
+        if names:
+            _refuse_unconfirmed(store)
+            wanted = state.without(set(names))
+            scope = {table.path for unit in units for table in unit.ruleset.tables}
+            change = plan(wanted, state, kernel(state, wanted), scope)
+            carry_out(store, change, f"end of {units[0].program}", boot=False)
+    return names
 
 
 def switch(names: Sequence[str], *, on: bool, tell: Tell | None = None) -> tuple[str, ...]:
@@ -235,6 +258,12 @@ def set_parameter(policy: str, parameter: str, value: str) -> Applied:
 
         try:
             compiled = compile(old.source, replay(old), given=given)
+            if any(table.tunnels for table in compiled.ruleset.tables):
+                from runtime.capabilities import without_tunnels
+
+                machine = without_tunnels(compiled.ruleset)
+                if machine is not None:
+                    compiled = compile(old.source, replay(old), machine, given)
         except CompileError as error:
             first = error.diagnostics[0]
             raise UsageError(
@@ -298,7 +327,12 @@ def back_to(
     state = store.state
     applied = {entry.name: entry.applied for entry in state.policies}
     entries = (replace(e, applied=applied.get(e.name, time.time())) for e in wanted.policies)
-    wanted = replace(wanted, policies=tuple(entries), listed=state.listed)
+    wanted = replace(
+        wanted,
+        units=xt.fitted(steering.fitted(wanted.units, state)),
+        policies=tuple(entries),
+        listed=state.listed,
+    )
     kept = store.left(number)
     change = plan(wanted, state, kernel(state, wanted), None, kept)
     carry_out(store, change, "", back=True, sure=sure, kept=kept, tell=tell)
@@ -349,11 +383,19 @@ def restore() -> tuple[Generation, Plan] | None:
     with _changing() as store:
         _refuse_unconfirmed(store)
         state = store.state
+        gone = {name for unit in wanted.units if unit.program for name in unit.names}
+        wanted = wanted.without(gone)  # no program has begun again
         entries = tuple(replace(e, applied=time.time()) for e in wanted.policies)
-        wanted = replace(wanted, policies=entries, listed=state.listed)
+        wanted = replace(
+            wanted,
+            units=xt.fitted(steering.fitted(wanted.units, state)),
+            policies=entries,
+            listed=state.listed,
+        )
         change = plan(wanted, state, kernel(state, wanted))
         if not change.empty or state.names != wanted.names:
-            carry_out(store, change, f"boot: {made.why.removeprefix('boot: ')}")
+            why = f"boot: {made.why.removeprefix('boot: ')}"
+            carry_out(store, change, why, serve=False)
     return made, change
 
 
@@ -373,6 +415,9 @@ def _finish(store: Store) -> None:
     """Decide what holds where a command was ended before it could say: the kernel knows."""
     begun = store.begun()
     if begun is None:
+        if steering.unsettled(store.folder):
+            with suppress(MachineError, OSError):
+                steering.settle(store.folder, store.state)
         return
     wanted, was = begun
     running = kernel(store.state, wanted)
@@ -380,13 +425,18 @@ def _finish(store: Store) -> None:
         fingerprint(running.get(path)) != form for path, form in was.items()
     ):
         store.commit(wanted)
+        with suppress(MachineError):
+            xt.fill(xt.missing(wanted, was))
         if store.pending is None:
             store.keep_for_boot()
-        return
-    store.abandon()
-    pending = store.pending
-    if pending is not None and pending.generation == wanted.generation:
-        store.settle("")
+    else:
+        store.abandon()
+        pending = store.pending
+        if pending is not None and pending.generation == wanted.generation:
+            store.settle("")
+    serving.settle(store.folder)
+    with suppress(MachineError, OSError):  # what wants more says what is wrong
+        steering.settle(store.folder, store.state)
 
 
 @contextmanager
@@ -409,15 +459,18 @@ def carry_out(
     confirm: float = 0,
     kept: Left | None = None,
     boot: bool = True,
+    serve: bool = True,
     tell: Tell | None = None,
 ) -> int:
     """Carry a plan out under the lock, as a new generation or going back to one; `sure` if
     also where that cannot be written down.
 
-    Returns the generation's number; without `boot` it is not there again after a reboot.
+    Returns the generation's number; without `boot` it is not there again after a reboot,
+    without `serve` the runtime, and tunnels with it, are left to a service of its own.
     What else is to be said goes to `tell`. Raises `MachineError`; then nothing was changed.
     """
-    old = store.state.generation
+    before = store.state
+    old, late = before.generation, not serve
 
     def dump(path: str, name: str) -> Sequence[Element]:
         found = kept.sets.get((path, name)) if kept is not None else None
@@ -437,9 +490,29 @@ def carry_out(
             if not sure:
                 raise
             state = change.state
+        if serve:
+            try:
+                serving.prepare(store.folder, state.generation, state, _changed(store.state, state))
+            except (MachineError, CompileError) as error:
+                if not sure:
+                    raise
+                why_not = error if isinstance(error, MachineError) else error.diagnostics[0]
+                _tell(tell, why_not.message)
+                serve = False
+        try:
+            if not late:
+                steering.prepare(store.folder, store.state, state)
+        except MachineError as error:
+            if not sure:
+                raise
+            _tell(tell, error.message)
         if confirm:
             arm(store, state.generation, old, confirm, _go_back)
         script = _script(change, _continued(change, kept), dump, contents)
+        if serve and script.lines:
+            for command in serving.signs_of_life(state, change.touched):
+                script.say(command)
+        empty = xt.missing(state, change.touched)
     except BaseException:
         _nothing_done(store, confirm)
         raise
@@ -454,10 +527,24 @@ def carry_out(
             raise
         # The kernel has it already: what fails from here on must not look like a refusal.
         try:
+            xt.fill(empty)
+            xt.fill(xt.missing(state, change.touched))  # what the transaction emptied
+        except MachineError as error:
+            _tell(tell, error.message)
+        try:
             store.commit(state)
         except (MachineError, OSError) as error:
             _tell(tell, f"what was loaded could not be written down: {error}")
             return state.generation
+        for bits in _forgotten_decisions(before, state):
+            with suppress(OSError):  # no connection is tracked here
+                netlink.clear_marks(bits)
+        serving.settle(store.folder)
+        try:
+            if not late:
+                steering.settle(store.folder, state)
+        except (MachineError, OSError) as error:
+            _tell(tell, f"tunnels that are no longer wanted are still there: {error}")
         with suppress(MachineError, OSError):
             _correct(change.moves, contents)
             seen = {t.path: state.listed.get(t.path, {}) for t in state.tables}
@@ -470,6 +557,21 @@ def carry_out(
         for name, number in contents.cut.items():
             _tell(tell, f"{name}: {number} entries found no room in its new size")
     return state.generation
+
+
+def _changed(old: State, new: State) -> set[str]:
+    """The files of units that were not loaded like this before."""
+    before = {unit.file: unit.made_of for unit in old.units}
+    return {unit.file for unit in new.units if before.get(unit.file) != unit.made_of}
+
+
+def _forgotten_decisions(before: State, state: State) -> set[int]:
+    """The bits of connections' marks that held decisions, and mean something else now."""
+
+    def held(one: State) -> set[tuple[str, int, tuple[str, ...]]]:
+        return {(q.policy, q.kept, q.decisions) for t in one.tables for q in t.queues if q.kept}
+
+    return {bits for _, bits, _ in held(before) - held(state)}
 
 
 def _tell(tell: Tell | None, text: str) -> None:
@@ -502,6 +604,9 @@ def _nothing_done(store: Store, confirm: float) -> None:
     store.abandon()
     if confirm:
         store.settle("")  # nothing has to go back
+    serving.settle(store.folder)
+    with suppress(MachineError, OSError):
+        steering.settle(store.folder, store.state)
 
 
 def _script(
@@ -699,6 +804,15 @@ def _refuse_foreign(unit: Unit, state: State) -> None:
                         f"`itmc remove {taken[0].policies[0]}` first",
                     )
                 )
+    queues = [queue for table in unit.ruleset.tables for queue in table.queues]
+    errors += [
+        _collision(queue, theirs, other)
+        for queue in queues
+        for other in others
+        for table in other.ruleset.tables
+        for theirs in table.queues
+        if _collides(queue, theirs)
+    ]
     for policy in unit.policies:
         owner = next((other for other in others if policy.name in other.names), None)
         if owner is not None:
@@ -712,3 +826,19 @@ def _refuse_foreign(unit: Unit, state: State) -> None:
             )
     if errors:
         raise CompileError(errors)
+
+
+def _collides(one: Queue, other: Queue) -> bool:
+    """Do policies of two files have queues in common, or bits for what they decide?"""
+    apart = one.first + one.many <= other.first or other.first + other.many <= one.first
+    return not apart or bool(one.kept & other.kept)
+
+
+def _collision(one: Queue, other: Queue, unit: Unit) -> Diagnostic:
+    if one.kept & other.kept:
+        message = f"`{other.policy}`, from {unit.shown}, keeps its decisions in the same bits"
+        help = "policies that decide `once per connection` belong in one file"
+    else:
+        message = f"`{other.policy}`, from {unit.shown}, has the queue {other.first}, too"
+        help = f"give one of them another: `queues {one.many} from N`"
+    return Diagnostic("E064", message, one.span, help=help)

@@ -15,22 +15,30 @@ import platform
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Final
 
-from itmlang.capabilities import FEATURES, Capabilities, Feature
-from runtime import bpf, nft, store
+from itmlang import marks
+from itmlang.capabilities import EVERYTHING, FEATURES, Capabilities, Feature
+from itmlang.nft.model import Ruleset
+from itmlang.packet import UDP, Header
+from itmlang.tunnel import PROTOCOL
+from itmlang.values import IPV4
+from runtime import bpf, nft, programs, store
 from runtime.errors import MachineError
 from runtime.traffic import (
+    MarkRule,
     Namespace,
     TrafficError,
-    add_bpf_filter,
-    add_bpf_route,
+    add_filter_queue,
     add_link,
+    add_mark_rule,
     add_qdisc,
     add_xt_queue_rule,
+    put_bpf_filter,
+    put_bpf_route,
     veth,
 )
 
@@ -39,6 +47,8 @@ _QUEUE: Final = 7
 _ARRIVAL: Final = 0.5  # seconds that the kernel may take to count what was sent
 _PAYLOAD: Final = bytes(72)  # 100 bytes with the headers of UDP and IPv4
 _MODULES: Final = Path("/lib/modules")
+_SO_MARK: Final = 36  # asm-generic/socket.h
+_ETHERNET_HEADER: Final = 14  # bytes, on lo as well
 
 
 class _Lacking(Exception):
@@ -105,6 +115,31 @@ def ask() -> Report:
     finally:
         namespace.close()
     return Report(platform.release(), nftables, answers, host)
+
+
+def without_tunnels(ruleset: Ruleset) -> Capabilities | None:
+    """What a machine has that lacks the kernel's tunnels of a ruleset: Python does it there.
+
+    None if it has them. Who may not ask (a container) may not load the programs, either.
+    Raises `MachineError` without root.
+    """
+    tunnels = [tunnel for table in ruleset.tables for tunnel in table.tunnels]
+    if not tunnels:
+        return None
+    names = {"BPF on links" if tunnel.inward else "BPF on routes" for tunnel in tunnels}
+    nft.require_rights()
+    try:
+        namespace = Namespace.create("tunnels")
+    except TrafficError:
+        lacking = names
+    else:
+        try:
+            with namespace.entered():
+                answers = [_answer(f, namespace) for f in FEATURES if f.name in names]
+        finally:
+            namespace.close()
+        lacking = {answer.feature.name for answer in answers if not answer.there}
+    return replace(EVERYTHING, features=EVERYTHING.features - lacking) if lacking else None
 
 
 def _answer(feature: Feature, namespace: Namespace) -> Answer:
@@ -260,14 +295,39 @@ def _has_link(kind: str, **options: str) -> Callable[[Namespace], None]:
     return tried
 
 
+# The very programs of tunnels, and packets through them, from this machine to itself.
+_ENDS: Final = (0x7F00_0001, 0x7F00_0002)
+_NUMBER: Final = 1 << marks.TUNNEL_SHIFT
+
+
 def _has_bpf_routes(_: Namespace) -> None:
-    with _program(bpf.ON_ROUTE) as program, _place() as place:
-        add_bpf_route(place, "192.0.2.0/24", "lo", program)
+    with (
+        _program(bpf.BEFORE_ROUTE, programs.gathering()) as first,
+        _program(bpf.ON_ROUTE, programs.encapsulation(*_ENDS)) as second,
+        _place() as place,
+    ):
+        put_bpf_route(place, 1, "lo", 1480, (first, second), "itm", 1)
+        add_mark_rule(place, MarkRule(_NUMBER, marks.TUNNEL_BITS, 1, 1, 1))
+        nft.load(
+            _table(_chain(f"ip daddr 127.0.0.2 ip protocol {PROTOCOL} {_WORKS}", hook="input"))
+        )
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.setsockopt(socket.SOL_SOCKET, _SO_MARK, _NUMBER)
+            sender.bind(("127.0.0.1", 0))
+            sender.sendto(_PAYLOAD, ("192.0.2.1", _PORT))
+        _counted(1)
 
 
 def _has_bpf_filters(_: Namespace) -> None:
-    with _program(bpf.ON_LINK) as program, _place() as place:
-        add_bpf_filter(place, "lo", program)
+    code = programs.decapsulation((), _ENDS[1:], _NUMBER, _ETHERNET_HEADER)
+    inner = Header(UDP, (IPV4, _ENDS[0]), (IPV4, _ENDS[1]), _PORT, _PORT).build().data
+    with _program(bpf.ON_LINK, code) as program, _place() as place:
+        add_filter_queue(place, "lo")
+        put_bpf_filter(place, "lo", 1, 1, program, "itm")
+        nft.load(_table(_chain(f"udp dport {_PORT} meta mark {_NUMBER:#x} {_WORKS}", hook="input")))
+        with socket.socket(socket.AF_INET, socket.SOCK_RAW, PROTOCOL) as sender:
+            sender.sendto(inner, ("127.0.0.2", 0))
+        _counted(1)
 
 
 @contextmanager
@@ -275,14 +335,15 @@ def _place() -> Iterator[Namespace]:
     """A namespace of its own, so that one trial's queues do not hold up another's packets."""
     place = Namespace.create("doctor")
     try:
-        yield place
+        with place.entered():
+            yield place
     finally:
         place.close()
 
 
 @contextmanager
-def _program(kind: int) -> Iterator[int]:
-    program = bpf.load(kind, bpf.PASS)
+def _program(kind: int, code: bytes) -> Iterator[int]:
+    program = bpf.load(kind, code)
     try:
         yield program
     finally:
@@ -402,12 +463,26 @@ TRIALS: Final[Mapping[str, Callable[[Namespace], None]]] = {
     ),
     "kernel log": _loads(_chain('udp dport 1 log prefix "itm doctor "')),
     "log groups": _loads(_chain('udp dport 1 log prefix "itm doctor " group 1 snaplen 128')),
+    "fragments together": _loads(
+        _chain("meta nfproto ipv4 meta length 0 meta l4proto udp tproxy ip to :1", hook="prerouting")
+    ),
+    "flow hashes": _counts(
+        f"chain hit {{ {_WORKS}\n}}\n"
+        + _chain(f"udp dport {_PORT} symhash mod 2 vmap {{ 0 : goto hit, 1 : goto hit }}")
+    ),
+    "connection marks": _counts(
+        _chain(
+            f"udp dport {_PORT} ct mark set ct mark & 0x00ffffff | 0x60000000",
+            f"udp dport {_PORT} ct mark & 0xe0000000 vmap {{ 0x60000000 : goto hit }}",
+        )
+        + f"\nchain hit {{ {_WORKS}\n}}"
+    ),
     "sets changed in place": _changes_in_place,
     "elements restored": _restores_elements,
     "rules replaced": _replaces_rules,
     "devices awaited": _loads(_chain(hook='ingress device "doctor9"')),
     "namespaces and veth": _has_veth,
-    "native queue": _counts(_chain(f"udp dport {_PORT} queue num {_QUEUE} bypass") + "\n" + _ARRIVED),
+    "native queue": _counts(_chain(f"udp dport {_PORT} queue flags bypass to {_QUEUE}") + "\n" + _ARRIVED),
     "xt queue": _queues_by_xt,
     "HTB": _has_qdisc("htb"),
     "fq_codel": _has_qdisc("fq_codel"),

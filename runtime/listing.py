@@ -23,6 +23,7 @@ _BASE: Final = re.compile(
 )
 _TIME: Final = re.compile(r"(\d+)(ms|d|h|m|s)")
 _UNITS: Final = {"d": 86_400_000, "h": 3_600_000, "m": 60_000, "s": 1000, "ms": 1}
+_DEFAULT: Final = re.compile(r"^\s*timeout (\w+)$", re.MULTILINE)  # of a set
 _WORD: Final = r'(?:"[^"]*"|[^\s,{}"]+)'
 _ELEMENT: Final = re.compile(
     rf"(?P<key>{_WORD}(?: \. {_WORD})*)"
@@ -170,20 +171,29 @@ def milliseconds(text: str) -> int:
 
 
 def read_elements(text: str) -> list[Element]:
-    """The elements of a set, from its listing."""
-    _, found, listed = text.partition("elements = {")
+    """The elements of a set, from its listing.
+
+    Older kernels (6.1 does, 6.18 does not) list the set's time-out again at each element
+    that a packet added (net/netfilter/nft_dynset.c): that is not the element's own.
+    """
+    head, found, listed = text.partition("elements = {")
     if not found:
         return []
+    default = _DEFAULT.search(head)
     return [
         Element(
             tuple(_fields(match["key"])),
             int(match["packets"] or 0),
             int(match["bytes"] or 0),
-            milliseconds(match["timeout"]) if match["timeout"] else None,
+            _own(match["timeout"], default and default[1]),
             milliseconds(match["expires"]) if match["expires"] else None,
         )
         for match in _ELEMENT.finditer(listed)
     ]
+
+
+def _own(timeout: str | None, default: str | None) -> int | None:
+    return None if timeout is None or timeout == default else milliseconds(timeout)
 
 
 def _fields(key: str) -> list[str]:

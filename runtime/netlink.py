@@ -1,4 +1,4 @@
-"""What the kernel tells of nftables by netlink, where libnftables would ask for too much.
+"""What the kernel tells of nftables and connections, where libnftables asks for too much or nothing.
 
 For the names of tables, or the counters of one, libnftables 1.0.6 fetches every rule of
 every table first, those of other tools included. The kernel answers each with one dump.
@@ -20,6 +20,11 @@ _NFTA_TABLE_NAME: Final = 1
 _NFTA_OBJ_TABLE, _NFTA_OBJ_NAME, _NFTA_OBJ_TYPE, _NFTA_OBJ_DATA = 1, 2, 3, 4
 _NFT_OBJECT_COUNTER: Final = 1
 _NFTA_COUNTER_BYTES, _NFTA_COUNTER_PACKETS = 1, 2
+# netfilter/nfnetlink_conntrack.h.
+_CONNECTIONS: Final = 1
+_CT_NEW, _CT_GET = 0, 1
+_CTA_TUPLE_ORIG, _CTA_MARK, _CTA_ZONE, _CTA_MARK_MASK = 1, 8, 18, 21
+_NESTED: Final = 0x8000
 _TYPE: Final = 0x3FFF  # of an attribute, without its flags
 _FAMILIES: Final = {1: "inet", 5: "netdev"}
 
@@ -55,13 +60,36 @@ def counters(path: str) -> Iterator[tuple[str, int, int]]:
             )
 
 
-def _dump(kind: int, family: int, asked: bytes = b"") -> list[tuple[int, dict[int, bytes]]]:
+def clear_marks(bits: int) -> int:
+    """Clear bits in the marks of all tracked connections; how many had any. Raises `OSError`."""
+    found = [
+        (family, one)
+        for family, one in _dump(_CT_GET, 0, subsystem=_CONNECTIONS)
+        if int.from_bytes(one.get(_CTA_MARK, b"")) & bits
+    ]
+    # ctnetlink_change_mark: the mask's bits are cleared, then those of the mark are turned.
+    cleared = _attribute(_CTA_MARK, bytes(4)) + _attribute(_CTA_MARK_MASK, bits.to_bytes(4))
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER) as netlink:
+        for family, one in found:
+            body = _GENERIC.pack(family, 0, 0) + _attribute(
+                _CTA_TUPLE_ORIG | _NESTED, one[_CTA_TUPLE_ORIG]
+            )
+            if _CTA_ZONE in one:
+                body += _attribute(_CTA_ZONE, one[_CTA_ZONE])
+            kind = _CONNECTIONS << 8 | _CT_NEW
+            length = _HEADER.size + len(body) + len(cleared)
+            # A connection that has ended meanwhile needs none: no answer is asked for.
+            netlink.send(_HEADER.pack(length, kind, _NLM_F_REQUEST, 0, 0) + body + cleared)
+    return len(found)
+
+
+def _dump(
+    kind: int, family: int, asked: bytes = b"", subsystem: int = _NFNL_SUBSYS_NFTABLES
+) -> list[tuple[int, dict[int, bytes]]]:
     """All objects of a kind: (family, attributes), asked again if they changed meanwhile."""
     body = _GENERIC.pack(family, 0, 0) + asked
     flags = _NLM_F_REQUEST | _NLM_F_DUMP
-    message = _HEADER.pack(
-        _HEADER.size + len(body), _NFNL_SUBSYS_NFTABLES << 8 | kind, flags, 0, 0
-    )  # fmt: skip
+    message = _HEADER.pack(_HEADER.size + len(body), subsystem << 8 | kind, flags, 0, 0)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER) as netlink:
         while True:
             netlink.send(message + body)

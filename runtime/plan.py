@@ -16,9 +16,10 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import SequenceMatcher
+from ipaddress import IPv4Address
 from typing import Final
 
-from itmlang.nft.model import Chain, Counter, FlowSet, Rule, Table, ValueSet
+from itmlang.nft.model import Chain, Counter, FlowSet, Rule, Table, Tunnel, ValueSet
 from itmlang.nft.text import Text, print_part, print_ruleset, rule_line
 from itmlang.source import Span
 from runtime.listing import Running, RunningChain, RunningSet, digest
@@ -46,7 +47,7 @@ class Change:
     """What becomes of one object.
 
     `action` is "create", "keep", "migrate", "replace" or "delete"; `kind` "table",
-    "chain", "set" or "counter". `learned` says what becomes of what it learned: "kept",
+    "chain", "set", "counter" or "tunnel" (of the kernel's). `learned` says what becomes of what it learned: "kept",
     "carried", "lost", or "" where it learns nothing. `rules` are the rules that come
     ("+"), go ("-") or only point to another line ("~").
     """
@@ -117,7 +118,8 @@ class Plan:
     @property
     def empty(self) -> bool:
         """Is everything as it is wanted?"""
-        return not (self.before.lines or self.after.lines)
+        tunnels = any(c.kind == "tunnel" and c.action != "keep" for c in self.changes)
+        return not (self.before.lines or self.after.lines or tunnels)
 
     @property
     def digest(self) -> str:
@@ -192,6 +194,7 @@ class _Planning:
             planning.work()
         for planning in plannings:  # now it is known what goes on elsewhere
             planning.forget()
+        self._tunnels()
         self._hang()
         before, after = self.clear, Script()
         if fresh is not None:
@@ -241,6 +244,28 @@ class _Planning:
         policy = table.policies[0]
         self.changes.append(Change("delete", "table", path, policy, table.name, note, learned))
 
+    def _tunnels(self) -> None:
+        """What becomes of the tunnels; `runtime.steering` does it."""
+        wanted, before = (
+            {
+                (t.policy, t.name): (path, t)
+                for path, table in tables.items()
+                if path in self.scope
+                for t in table.tunnels
+            }
+            for tables in (self.tables, self.written)
+        )
+        for key in dict.fromkeys([*before, *wanted]):
+            path, tunnel = wanted.get(key) or before[key]
+            action, note = "keep", _way(tunnel)
+            if key not in wanted:
+                action = "delete"
+            elif key not in before:
+                action = "create"
+            elif _way(before[key][1]) != note:
+                action, note = "replace", f"{_way(before[key][1])} -> {note}"
+            self.changes.append(Change(action, "tunnel", path, *key, note))
+
     # Base chains, which run in an order.
 
     def _order(self) -> None:
@@ -275,7 +300,8 @@ class _Planning:
             table = self.wanted.table_of(name)
             if table.path not in self.scope and table.path not in self.kernel:
                 continue  # taken away by somebody; applying its file brings it back
-            for chain in table.base_chains:
+            # Where packets come back from Python stands behind the policy.
+            for chain in sorted(table.base_chains, key=lambda c: c.role == "settle"):
                 if chain.policy == name and chain.hook is not None:
                     key = chain.hook.name, chain.hook.priority
                     groups.setdefault(key, []).append((name, table, chain))
@@ -863,6 +889,18 @@ def fingerprint(running: Running | None) -> str:
     seen = sorted(f"{name} {one}" for name, one in listed(running).items())
     others = sorted(f"{kind} {name}" for kind, name in running.others)
     return digest((*seen, *sets, *sorted(running.counters), *others, running.flags))
+
+
+def _way(tunnel: Tunnel) -> str:
+    """Where a tunnel leads, in words."""
+    number = f"number {tunnel.number}"
+    if not tunnel.inward:
+        source = f" from {IPv4Address(tunnel.source)}" if tunnel.source else ""
+        return f"to {IPv4Address(tunnel.destination)}{source}, {number}"
+    sources = [f"{IPv4Address(address)}/{length}" for address, length in tunnel.sources]
+    ends = [str(IPv4Address(address)) for address in tunnel.destinations]
+    links = f" at {', '.join(tunnel.devices)}" if tunnel.devices else ""
+    return f"from {', '.join(sources) or 'anywhere'} to {', '.join(ends)}{links}, {number}"
 
 
 def listed(running: Running) -> dict[str, str]:

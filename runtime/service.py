@@ -1,4 +1,4 @@
-"""The systemd units that bring policies back at boot: their text, and their files.
+"""The systemd units that bring policies back at boot, and serve them: their text, their files.
 
 A unit is an entry in `UNITS`: a name, the target that wants it, and a text that needs
 nothing but the path of `itmc`. To install is to make paths hold what they should: each
@@ -100,6 +100,35 @@ WantedBy=sysinit.target
 """
 
 
+def _runtime(program: Program) -> str:
+    return f"""\
+[Unit]
+Description=Packets in Python, for the traffic policies of itm
+DefaultDependencies=no
+Wants=network-pre.target
+Before=network-pre.target shutdown.target
+Conflicts=shutdown.target
+# Without it there is nothing to serve; `itmc apply` starts what it needs by itself.
+ConditionPathExists=/var/lib/itm/host.json.gz
+# Policies stay when itm.service stops, so this one goes on, too.
+After=local-fs.target itm.service
+StartLimitIntervalSec=0
+
+[Service]
+# Ready when all handlers are loaded, or cannot be.
+Type=notify
+ExecStart={_quoted(program.path)} serve
+TimeoutStartSec=90
+TimeoutStopSec=10
+KillMode=mixed
+Restart=always
+RestartSec=1
+{_confined_runtime()}
+[Install]
+WantedBy=sysinit.target
+"""
+
+
 def _hardened(program: Program) -> str:
     """The sandbox: it changes this network's nftables and its own two folders, nothing else.
 
@@ -109,14 +138,34 @@ def _hardened(program: Program) -> str:
     homes = "read-only" if any(map(_at_home, program.places)) else "yes"
     return f"""\
 StateDirectory=itm
-RuntimeDirectory=itm
-RuntimeDirectoryPreserve=yes
 CapabilityBoundingSet=CAP_NET_ADMIN
-NoNewPrivileges=yes
 RestrictAddressFamilies=AF_NETLINK AF_INET AF_UNIX
 IPAddressDeny=any
-ProtectSystem=strict
 ProtectHome={homes}
+ProtectKernelTunables=yes
+MemoryDenyWriteExecute=yes
+{_HARDENED}"""
+
+
+def _confined_runtime() -> str:
+    """The sandbox of handlers: they are the user's programs, so it leaves them more.
+
+    They may lie in a home, talk to the network, and have compilers of their own (numba).
+    CAP_NET_RAW sends the ICMP errors of tunnels; those of the kernel take BPF and sysctls.
+    """
+    return f"""\
+CapabilityBoundingSet=CAP_NET_ADMIN CAP_NET_RAW CAP_BPF
+RestrictAddressFamilies=AF_NETLINK AF_INET AF_INET6 AF_UNIX
+ProtectHome=read-only
+{_HARDENED}SystemCallFilter=bpf
+"""
+
+
+_HARDENED: Final = """\
+RuntimeDirectory=itm
+RuntimeDirectoryPreserve=yes
+NoNewPrivileges=yes
+ProtectSystem=strict
 PrivateDevices=yes
 PrivateMounts=yes
 PrivateTmp=yes
@@ -125,10 +174,8 @@ ProtectControlGroups=yes
 ProtectHostname=yes
 ProtectKernelLogs=yes
 ProtectKernelModules=yes
-ProtectKernelTunables=yes
 ProtectProc=invisible
 LockPersonality=yes
-MemoryDenyWriteExecute=yes
 RestrictNamespaces=yes
 RestrictRealtime=yes
 RestrictSUIDSGID=yes
@@ -139,7 +186,10 @@ SystemCallErrorNumber=EPERM
 """
 
 
-UNITS: Final = (Unit("itm.service", "sysinit.target", _boot),)
+UNITS: Final = (
+    Unit("itm.service", "sysinit.target", _boot),
+    Unit("itm-runtime.service", "sysinit.target", _runtime),
+)
 
 
 def find(given: str | None, root: Path) -> Program:

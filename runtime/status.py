@@ -1,17 +1,19 @@
 """What runs: the loaded policies in their order, what they counted, what others changed."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from itmlang.diagnostics import did_you_mean
 from itmlang.nft.model import TABLE_PREFIX, FlowSet, Table
-from runtime import nft
+from runtime import netqueue, nft, steering
 from runtime.apply import kernel, our_tables
 from runtime.errors import UsageError
 from runtime.plan import drift
 from runtime.state import State
-from runtime.store import directory, load, now, reading, waiting
+from runtime.store import Store, directory, load, now, reading, waiting
+from runtime.talk import ask, lives
 from runtime.warden import overdue
 
 
@@ -48,6 +50,35 @@ class SetStatus:
 
 
 @dataclass(frozen=True)
+class PythonStatus:
+    """What a policy has in Python, in packets.
+
+    Of the kernel: `unserved` were meant for Python and got `fail open` or `fail closed`
+    because nobody served them, `waiting` are in the queues now, `dropped` were dropped because
+    a queue or its socket was full. Of the workers since they first started: `handled`, and
+    among them those that a handler `failed` on or took too long for (`hung`), that no tunnel
+    took (`refused`) and of which too little was copied (`cut`). `trouble` is what keeps
+    packets from being served now, in words, "" for nothing; `log` are the last lines about it.
+    """
+
+    queues: tuple[int, ...]
+    fails: str  # "open" or "closed"
+    workers: int  # that serve now, one for each queue
+    process: int  # the runtime's or the program's, 0 if there is none
+    unserved: int
+    waiting: int
+    dropped: int
+    handled: int
+    failed: int
+    hung: int
+    refused: int
+    cut: int
+    trouble: str
+    program: str  # that serves its queues by itself; "" for the runtime
+    log: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class PolicyStatus:
     """A loaded policy.
 
@@ -68,6 +99,7 @@ class PolicyStatus:
     noted: tuple[ClassStatus, ...] = ()  # what was sampled and recorded
     changed: tuple[str, ...] = ()
     parameters: Mapping[str, str] = field(default_factory=dict)
+    python: PythonStatus | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +165,8 @@ def _refuse(name: str, known: Sequence[str]) -> None:
 def _statuses(*, counts: bool, names: Sequence[str] = ()) -> tuple[PolicyStatus, ...]:
     nft.require_rights()
     with reading() as store:
-        return _told(store.state, counts, names)
+        told = _told(store.state, counts, names)
+        return _with_runtime(store, told) if counts else told
 
 
 def _told(state: State, counts: bool, names: Sequence[str]) -> tuple[PolicyStatus, ...]:
@@ -147,13 +180,16 @@ def _told(state: State, counts: bool, names: Sequence[str]) -> tuple[PolicyStatu
         table = state.table_of(entry.name)
         unit = state.unit_of(entry.name)
         chains = [c for c in table.base_chains if c.policy == entry.name]
-        hooks = tuple((c.hook.name, c.hook.priority) for c in chains if c.hook is not None)
+        hooks = tuple(
+            (c.hook.name, c.hook.priority) for c in chains if c.hook is not None and not c.role
+        )
         loaded_as = next(p for p in unit.policies if p.name == entry.name)
         there = running.get(table.path)
         word = "missing" if there is None else "on" if entry.on else "off"
-        changed: Sequence[str] = ["its table is gone"]
+        changed = ["its table is gone"]
         if there is not None:
             changed = drift(table, there, state.listed.get(table.path, {}), on)
+            changed += steering.drift(state, entry.name)
             if counts and table.path not in counters:
                 counters[table.path] = nft.counters(table.path)
         told = _counts(table, entry.name, counters[table.path]) if counts and there else {}
@@ -178,6 +214,81 @@ def _told(state: State, counts: bool, names: Sequence[str]) -> tuple[PolicyStatu
         found.append(PolicyStatus(name, "unknown", "", hooks, 0, True))
     # Stable: at equal priority the state's order is the order they run.
     return tuple(sorted(found, key=lambda s: s.priority))
+
+
+def _with_runtime(store: Store, told: Sequence[PolicyStatus]) -> tuple[PolicyStatus, ...]:
+    """The statuses, with what the runtime says of those that have packets for Python."""
+    queues = {
+        queue.policy: (unit.program, queue)
+        for unit in store.state.units
+        for table in unit.ruleset.tables
+        for queue in table.queues
+    }
+    answers = {
+        program: ask(store.folder, {"command": "status"}, 1.0, program=program) or {}
+        for program in sorted({program for program, _ in queues.values()})
+    }
+    waiting = {row[0]: (row[2], row[5] + row[6]) for row in netqueue.table()}
+    found = []
+    for one in told:
+        if one.name not in queues or one.state in ("missing", "unknown"):
+            found.append(one)
+            continue
+        program, queue = queues[one.name]
+        answer = answers[program]
+        table = store.state.table_of(one.name)
+        counter = next(
+            c.name for c in table.counters if (c.policy, c.kind) == (one.name, "unserved")
+        )
+        unserved = nft.counters(table.path).get(counter, (0, 0))[0]
+        workers = [w for w in answer.get("workers", ()) if w["policy"] == one.name]
+        counts = [w["counts"] for w in workers]
+        numbers = range(queue.first, queue.first + queue.many)
+        trouble = next((w["error"] for w in workers if w["error"]), answer.get("trouble", ""))
+        if not answer:
+            trouble = _absent(store.folder, program, one.name)
+        python = PythonStatus(
+            queues=tuple(numbers),
+            fails="open" if queue.fails_open else "closed",
+            workers=sum(w["ready"] for w in workers),
+            process=answer.get("process", 0),
+            unserved=unserved,
+            waiting=sum(waiting[n][0] for n in numbers if n in waiting),
+            dropped=sum(waiting[n][1] for n in numbers if n in waiting),
+            handled=sum(c.get("packets", 0) for c in counts),
+            failed=sum(c.get("failed", 0) for c in counts),
+            hung=sum(c.get("hung", 0) for c in counts),
+            refused=sum(c.get("refused", 0) for c in counts),
+            cut=sum(c.get("cut", 0) for c in counts),
+            trouble=trouble,
+            program=program,
+            log=tuple(line for line in answer.get("log", ()) if line.startswith(f"{one.name} ")),
+        )
+        classes = one.classes
+        if queue.whole:
+            classes = _whole_classes(counts)
+        found.append(replace(one, python=python, classes=classes))
+    return tuple(found)
+
+
+def _absent(folder: Path, program: str, policy: str) -> str:
+    """Why a program, or the runtime, does not answer."""
+    who = f"its program {program}" if program else "the runtime"
+    if lives(folder, program):
+        return f"{who} does not answer: it hangs, or was stopped"
+    if not program:
+        return "the runtime does not run: `itmc apply` or `itmc serve` starts it"
+    return f"its program {program} is gone: start it again, or `itmc remove {policy}`"
+
+
+def _whole_classes(counts: Iterable[Mapping[str, Any]]) -> tuple[ClassStatus, ...]:
+    """The classes of a policy that runs in Python, as its workers counted them."""
+    total: dict[str, tuple[int, int]] = {}
+    for one in counts:
+        for name, (packets, size) in one.get("classes", {}).items():
+            before = total.get(name, (0, 0))
+            total[name] = (before[0] + packets, before[1] + size)
+    return tuple(ClassStatus(name, *numbers) for name, numbers in total.items())
 
 
 def _counts(table: Table, policy: str, counters: Mapping[str, tuple[int, int]]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from runtime.migrate import Kept, Left
 from runtime.state import Entry, State
 from runtime.units import from_json, to_json
 
-SCHEMA: Final = 3
+SCHEMA: Final = 4
 KEPT: Final = 10  # generations
 # What a waiting generation's file is called once it is settled.
 _ENDS: Final = {"confirmed": "confirmed.json", "rolled back": "rolled-back.json"}
@@ -113,16 +113,37 @@ def locked(known: State | None = None) -> Iterator["Store"]:
     Raises `MachineError` if the folder cannot be used or the state is damaged.
     """
     folder = directory()
-    try:
-        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise _unusable(folder, error) from error
+    lock = _lock(folder)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield Store(folder, known)
     finally:
         os.close(lock)
+
+
+@contextmanager
+def locked_at_once() -> Iterator["Store | None"]:
+    """As `locked`, but None if somebody else is inside."""
+    folder = directory()
+    lock = _lock(folder)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        yield None
+        return
+    try:
+        yield Store(folder)
+    finally:
+        os.close(lock)
+
+
+def _lock(folder: Path) -> int:
+    try:
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        return os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise _unusable(folder, error) from error
 
 
 @contextmanager
@@ -166,7 +187,7 @@ class Store:
         return tuple(self._numbers)
 
     def _current(self, path: Path, known: State) -> tuple[State, list[int]]:
-        data = _read(path)
+        data = read(path)
         if data is None:
             return State(), []
         with _reading(path):
@@ -220,7 +241,7 @@ class Store:
         number = max([*self._numbers, self.state.generation, 0]) + 1
         parent = self.state.generation
         made = Generation(number, parent, time.time(), who(), why, digest)
-        self._write(self._path(number), _compressed(_text(state, made)))
+        write(self._path(number), _compressed(_text(state, made)))
         state = replace(state, generation=number)
         numbers = [*self._numbers, number]
         # The one that holds may be the oldest, after a rollback: it is the way back.
@@ -244,7 +265,7 @@ class Store:
             "kept": numbers,
             "was": dict(was),  # the tables that the transaction touches, before it
         }
-        self._write(self.folder / "state.json.new", json.dumps(content).encode())
+        write(self.folder / "state.json.new", json.dumps(content).encode())
         self._next = numbers
 
     def commit(self, state: State) -> None:
@@ -263,7 +284,7 @@ class Store:
             return None
         try:
             state, self._next = self._current(path, self.state)
-            was = {str(table): str(form) for table, form in (_read(path) or {})["was"].items()}
+            was = {str(table): str(form) for table, form in (read(path) or {})["was"].items()}
         except (MachineError, KeyError, AttributeError):
             self.abandon()
             return None
@@ -308,7 +329,7 @@ class Store:
             ],
             "counters": [[*key, *counted] for key, counted in left.counters.items()],
         }  # fmt: skip
-        self._write(self._left(number), _compressed(json.dumps(content).encode()))
+        write(self._left(number), _compressed(json.dumps(content).encode()))
 
     def left(self, number: int) -> Left:
         """What was kept of a generation; nothing if that cannot be read or was before a reboot."""
@@ -338,7 +359,7 @@ class Store:
         return waiting(self.folder)
 
     def wait_for_confirmation(self, pending: Pending) -> None:
-        self._write(self.folder / "pending.json", json.dumps(asdict(pending)).encode())
+        write(self.folder / "pending.json", json.dumps(asdict(pending)).encode())
 
     def settle(self, word: str) -> None:
         """What waited is settled: "confirmed", "rolled back", or "" if it never began.
@@ -375,25 +396,26 @@ class Store:
             content = self._path(self.state.generation).read_bytes()
             if not path.exists() or path.read_bytes() != content:
                 path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-                self._write(path, content)
+                write(path, content)
         except (OSError, MachineError) as error:
             reason = error if isinstance(error, OSError) else error.__cause__
             return f"{path} cannot be written: {getattr(reason, 'strerror', '') or error}"
         return ""
 
-    def _write(self, path: Path, content: bytes) -> None:
-        """The whole file or nothing."""
-        beside = path.with_name(path.name + ".part")
-        try:
-            with open(beside, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                beside.unlink()
-            raise _unusable(path.parent, error) from error
+
+def write(path: Path, content: bytes) -> None:
+    """The whole file or nothing. Raises `MachineError`."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise _unusable(path.parent, error) from error
 
 
 def read_generation(path: Path) -> tuple[State, Generation]:
@@ -425,8 +447,8 @@ def _compressed(content: bytes) -> bytes:
     return gzip.compress(content, 1, mtime=0)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """What a small JSON file holds, None if there is none."""
+def read(path: Path) -> dict[str, Any] | None:
+    """What a small JSON file holds, None if there is none. Raises `MachineError` if damaged."""
     with _reading(path):
         try:
             data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -453,7 +475,7 @@ def _reading(path: Path) -> Iterator[None]:
 def waiting(folder: Path) -> Pending | None:
     """The change that waits to be confirmed; None for none. Raises `MachineError` if damaged."""
     path = folder / "pending.json"
-    data = _read(path)
+    data = read(path)
     if data is None:
         return None
     with _reading(path):

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
@@ -38,6 +38,9 @@ SIOCETHTOOL = 0x8946
 ETHTOOL_STSO, ETHTOOL_SGSO, ETHTOOL_SGRO = 0x1F, 0x24, 0x2C
 ETHTOOL_STXCSUM, ETHTOOL_SRXCSUM = 0x17, 0x15
 OFFLOADS = (ETHTOOL_STSO, ETHTOOL_SGSO, ETHTOOL_SGRO, ETHTOOL_STXCSUM, ETHTOOL_SRXCSUM)
+_MAIN = 254  # RT_TABLE_MAIN
+# TC_H_CLSACT with TC_H_MIN_INGRESS, with TC_H_MIN_EGRESS.
+_INCOMING, _OUTGOING, _ETH_P_IP = 0xFFFF_FFF2, 0xFFFF_FFF3, 0x0800
 MAC = "02:00:00:00:00:01"  # locally administered; the same at both ends of every link
 
 
@@ -73,6 +76,11 @@ class Namespace:
             raise
         return ns
 
+    @classmethod
+    def here(cls) -> "Namespace":
+        """The namespace that the calling thread is in. Raises TrafficError."""
+        return cls("here", _own_namespace())
+
     @property
     def fd(self) -> int:
         """The file descriptor for setns(2); raises TrafficError once closed."""
@@ -89,6 +97,9 @@ class Namespace:
         TrafficError if the namespace is closed or may not be entered.
         """
         with _own_namespace() as home:
+            if os.fstat(home.fileno()).st_ino == os.fstat(self.fd).st_ino:
+                yield  # where it is already; a service may not move at all
+                return
             try:  # Before the move: an interrupt may come right after it.
                 with _refusals(f"cannot enter namespace {self.name}"):
                     _setns(self.fd)
@@ -101,18 +112,20 @@ class Namespace:
         self.file.close()
 
 
-def veth(a: Namespace, a_name: str, b: Namespace, b_name: str) -> None:
-    """Connect two namespaces by a pair of links, both up, without offloads.
+def veth(a: Namespace, a_name: str, b: Namespace, b_name: str, *, offloads: bool = False) -> None:
+    """Connect two namespaces by a pair of links, both up.
 
-    Every packet that arrives is one real packet of the wire: at most the MTU long,
-    checksums complete. Raises TrafficError.
+    Without `offloads`, every packet that arrives is one real packet of the wire: at most
+    the MTU long, checksums complete. With `offloads` it is as the sending stack made it:
+    many packets in one, checksums left open. Raises TrafficError.
     """
     what = f"create the link {a.name}/{a_name} - {b.name}/{b_name}"
     peer = {"ifname": b_name, "address": MAC, "net_ns_fd": b.fd}
     with _netlink(a, what) as netlink:
         netlink.link("add", ifname=a_name, kind="veth", address=MAC, peer=peer)
     for ns, link in ((a, a_name), (b, b_name)):
-        _offloads_off(ns, link)
+        if not offloads:
+            _offloads_off(ns, link)
         with _netlink(ns, f"bring up {link}") as netlink:
             netlink.link(
                 "set",
@@ -148,17 +161,17 @@ def add_link_route(ns: Namespace, destination: str, link: str) -> None:
         netlink.route("add", family=family, dst=str(network), oif=_index(ns, link))
 
 
-def add_route(ns: Namespace, destination: str, *, via: str) -> None:
+def add_route(ns: Namespace, destination: str, *, via: str, table: int = _MAIN) -> None:
     """Route `destination` (a prefix, or "default") through the neighbour `via`.
 
-    The family is that of `via`. Raises TrafficError; ValueError if an address or
+    `table` is the routing table's number. The family is that of `via`. Raises TrafficError; ValueError if an address or
     prefix is not one.
     """
     family = socket.AF_INET if ipaddress.ip_address(via).version == 4 else socket.AF_INET6
     if destination != "default":
         destination = str(ipaddress.ip_network(destination))
     with _netlink(ns, f"add a route to {destination} via {via}") as netlink:
-        netlink.route("add", family=family, dst=destination, gateway=via)
+        netlink.route("add", family=family, dst=destination, gateway=via, table=table)
 
 
 def add_link(ns: Namespace, link: str, kind: str, **options: str) -> None:
@@ -176,27 +189,183 @@ def add_qdisc(ns: Namespace, link: str, kind: str) -> None:
         netlink.tc("add", kind, _index(ns, link), handle="1:")
 
 
-def add_bpf_route(ns: Namespace, destination: str, link: str, program: int) -> None:
-    """Route `destination` out of `link`, each packet through a BPF program of `bpf.ON_ROUTE`.
+def put_bpf_route(
+    ns: Namespace,
+    table: int,
+    link: str,
+    mtu: int,
+    programs: tuple[int, int],
+    name: str,
+    protocol: int,
+) -> None:
+    """Make the default route of a table one through BPF, of `bpf.BEFORE_ROUTE`, `bpf.ON_ROUTE`.
 
-    `program` is its file descriptor. Raises TrafficError.
+    `programs` are their file descriptors, `name` is what listings call them, `mtu` is in bytes, and
+    `protocol` says whose the route is (rtm_protocol, 1 to 255). Raises TrafficError.
     """
-    encap = {"type": "bpf", "xmit": {"fd": program, "name": "itm"}}
-    with _netlink(ns, f"add a route to {destination} through BPF") as netlink:
-        netlink.route("add", dst=destination, oif=_index(ns, link), encap=encap)
+    first, second = ({"fd": program, "name": name} for program in programs)
+    encap = {"type": "bpf", "out": first, "xmit": second}
+    with _netlink(ns, f"put a route through BPF into table {table}") as netlink:
+        netlink.route(
+            "replace", dst="0.0.0.0/0", oif=_index(ns, link), table=table, proto=protocol,
+            metrics={"mtu": mtu}, encap=encap,
+        )  # fmt: skip
 
 
-def add_bpf_filter(ns: Namespace, link: str, program: int) -> None:
-    """Let each packet that comes in at `link` go through a BPF program of `bpf.ON_LINK`.
+def bpf_routes(ns: Namespace, protocol: int) -> dict[int, tuple[str, int, str]]:
+    """By table, IPv4 routes of a protocol: link, MTU, the program's name. Raises TrafficError."""
+    found = {}
+    what = f"namespace {ns.name}: cannot list the routes through BPF"
+    # Only so the kernel itself sorts out the others: a router may have a million.
+    with ns.entered(), _refusals(what), IPRoute(strict_check=True) as netlink:
+        for route in netlink.route(
+            "dump", dump_filter=lambda _: True, family=socket.AF_INET, proto=protocol
+        ):
+            program = route.get_nested("RTA_ENCAP", "LWT_BPF_XMIT", "LWT_BPF_PROG_NAME")
+            if route["proto"] == protocol and program is not None:
+                mtu = route.get_nested("RTA_METRICS", "RTAX_MTU") or 0
+                link = socket.if_indextoname(route.get_attr("RTA_OIF"))
+                found[route.get_attr("RTA_TABLE")] = (link, mtu, program)
+    return found
 
-    `program` is its file descriptor. Raises TrafficError.
+
+def link_towards(ns: Namespace, destination: str) -> str:
+    """The link that packets to an IPv4 address leave by. Raises TrafficError."""
+    with _netlink(ns, f"find the way to {destination}") as netlink:
+        (route,) = netlink.route("get", dst=destination)
+        return socket.if_indextoname(route.get_attr("RTA_OIF"))
+
+
+def delete_default_route(ns: Namespace, table: int) -> None:
+    """Raises TrafficError."""
+    with _netlink(ns, f"delete the default route of table {table}") as netlink:
+        netlink.route("del", dst="0.0.0.0/0", table=table)
+
+
+@dataclass(frozen=True, order=True)
+class MarkRule:
+    """IPv4 packets whose mark is `mark` in the bits of `mask` are routed by `table`.
+
+    Rules are asked in the order of their `priority`; `protocol` says whose this one is.
+    Packets that start here come in at the `link` lo; without a name, all are meant.
+    """
+
+    mark: int
+    mask: int
+    table: int
+    priority: int
+    protocol: int
+    link: str = ""
+
+
+def add_mark_rule(ns: Namespace, rule: MarkRule) -> None:
+    """Raises TrafficError, also if it is there."""
+    with _netlink(ns, f"add a rule for the mark {rule.mark:#x}") as netlink:
+        netlink.rule("add", family=socket.AF_INET, **_rule(rule))
+
+
+def delete_mark_rule(ns: Namespace, rule: MarkRule) -> None:
+    """Raises TrafficError."""
+    with _netlink(ns, f"delete the rule for the mark {rule.mark:#x}") as netlink:
+        netlink.rule("del", family=socket.AF_INET, **_rule(rule))
+
+
+def mark_rules(ns: Namespace, protocol: int) -> list[MarkRule]:
+    """Those of a protocol, sorted. Raises TrafficError."""
+    with _netlink(ns, "list the rules of routing") as netlink:
+        found = [
+            MarkRule(
+                mark=rule.get_attr("FRA_FWMARK") or 0,
+                mask=rule.get_attr("FRA_FWMASK") or 0,
+                table=rule.get_attr("FRA_TABLE") or 0,
+                priority=rule.get_attr("FRA_PRIORITY") or 0,
+                protocol=rule.get_attr("FRA_PROTOCOL") or 0,
+                link=rule.get_attr("FRA_IIFNAME") or "",
+            )
+            for rule in netlink.get_rules(family=socket.AF_INET)
+        ]
+    return sorted(rule for rule in found if rule.protocol == protocol)
+
+
+def _rule(rule: MarkRule) -> dict[str, Any]:
+    link = {"iifname": rule.link} if rule.link else {}
+    return link | {
+        "fwmark": rule.mark, "fwmask": rule.mask, "table": rule.table,
+        "priority": rule.priority, "protocol": rule.protocol,
+    }  # fmt: skip
+
+
+def link_types(ns: Namespace) -> dict[str, int]:
+    """The links' hardware types (linux/if_arp.h) by their names. Raises TrafficError."""
+    with _netlink(ns, "list the links") as netlink:
+        return {link.get_attr("IFLA_IFNAME"): link["ifi_type"] for link in netlink.get_links()}
+
+
+def links_with_filter_queue(ns: Namespace) -> set[str]:
+    """The links that have what filters of incoming packets hang on. Raises TrafficError."""
+    with _netlink(ns, "list the links' queues") as netlink:
+        names = {link["index"]: link.get_attr("IFLA_IFNAME") for link in netlink.get_links()}
+        return {
+            names[queue["index"]]
+            for queue in netlink.get_qdiscs()
+            if queue.get_attr("TCA_KIND") in ("clsact", "ingress") and queue["index"] in names
+        }
+
+
+def has_filters(ns: Namespace, link: str) -> bool:
+    """Hangs any filter on the qdisc clsact of `link`, for either way? Raises TrafficError."""
+    with _netlink(ns, f"list the filters of {link}") as netlink:
+        index = _index(ns, link)
+        return any(
+            bool(list(netlink.get_filters(index, parent=way))) for way in (_INCOMING, _OUTGOING)
+        )
+
+
+def add_filter_queue(ns: Namespace, link: str) -> None:
+    """Give `link` what filters hang on (the qdisc clsact). Raises TrafficError."""
+    with _netlink(ns, f"add the qdisc clsact to {link}") as netlink:
+        netlink.tc("add", "clsact", _index(ns, link))
+
+
+def delete_filter_queue(ns: Namespace, link: str) -> None:
+    """Take away the qdisc clsact and all filters on it. Raises TrafficError."""
+    with _netlink(ns, f"delete the qdisc clsact of {link}") as netlink:
+        netlink.tc("del", "clsact", _index(ns, link))
+
+
+def put_bpf_filter(
+    ns: Namespace, link: str, priority: int, handle: int, program: int, name: str
+) -> None:
+    """Let each IPv4 packet that comes in at `link` go through a BPF program of `bpf.ON_LINK`.
+
+    `program` is its file descriptor, `name` what listings call it. Filters run in the
+    order of their priority; one that is there with this `handle` is replaced. Raises
+    TrafficError.
     """
     with _netlink(ns, f"let {link} go through BPF") as netlink:
-        index = _index(ns, link)
-        netlink.tc("add", "clsact", index)
         netlink.tc(
-            "add-filter", "bpf", index, ":1",
-            fd=program, name="itm", parent="ffff:fff2", classid=1, direct_action=True,
+            "replace-filter", "bpf", _index(ns, link), handle, fd=program, name=name,
+            parent=_INCOMING, prio=priority, protocol=_ETH_P_IP, direct_action=True,
+        )  # fmt: skip
+
+
+def bpf_filters(ns: Namespace, link: str, priority: int) -> dict[int, str]:
+    """By handle, the names of the programs that what comes in goes through. Raises TrafficError."""
+    found = {}
+    with _netlink(ns, f"list the filters of {link}") as netlink:
+        for entry in netlink.get_filters(_index(ns, link), parent=_INCOMING):
+            name = entry.get_nested("TCA_OPTIONS", "TCA_BPF_NAME")
+            if entry["info"] >> 16 == priority and entry["handle"] and name is not None:
+                found[entry["handle"]] = name
+    return found
+
+
+def delete_bpf_filter(ns: Namespace, link: str, priority: int, handle: int) -> None:
+    """Raises TrafficError."""
+    with _netlink(ns, f"delete a filter of {link}") as netlink:
+        netlink.tc(
+            "del-filter", "bpf", _index(ns, link), handle,
+            parent=_INCOMING, prio=priority, protocol=_ETH_P_IP,
         )  # fmt: skip
 
 

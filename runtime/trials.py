@@ -15,13 +15,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
+from itmlang import ir
+from itmlang.actions.encapsulate import Decapsulate, Encapsulate
 from itmlang.diagnostics import Findings
 from itmlang.fields import EGRESS, INGRESS, hook_kind
 from itmlang.nft.model import Ruleset
 from itmlang.packet import Packet
-from itmlang.pipeline import lowered
+from itmlang.pipeline import Compiled, lowered
 from itmlang.source import Source
 from itmlang.trials import (
     INTERFACES,
@@ -37,6 +40,8 @@ from itmlang.trials import (
 )
 from itmlang.values import IPV4, address_text
 from runtime import nft
+from runtime.errors import UsageError
+from runtime.handlers import HandlerError, load
 from runtime.lab import Capture
 from runtime.traffic import MAC, Namespace, add_address, add_link_route, set_sysctl, veth
 
@@ -63,6 +68,29 @@ class KernelRun:
     not_run: str = ""
 
 
+def _tunnels(policy: ir.Policy) -> bool:
+    steps = [step for steps in policy.process.values() for step in ir.every_step(steps)]
+    return any(isinstance(step.action, Encapsulate | Decapsulate) for step in steps)
+
+
+@contextmanager
+def _python(namespace: Namespace, compiled: Compiled) -> Iterator[None]:
+    """What the policies have in Python, if anything. Raises `UsageError`, `MachineError`."""
+    calls = {name: at for t in compiled.ruleset.tables for q in t.queues for name, at in q.calls}
+    if not any(table.queues for table in compiled.ruleset.tables):
+        yield
+        return
+    from runtime.aside import served
+
+    file = compiled.source.name
+    try:
+        handlers = load(calls, None if file == "-" else Path(file).resolve().parent)
+    except HandlerError as error:
+        raise UsageError(f"{calls[error.target]}: {error}") from error
+    with served(namespace, compiled, handlers):
+        yield
+
+
 def run_in_kernel(source: Source, trial: Trial, path: str = "forward") -> KernelRun:
     """The trial through the kernel; `path` is that of packets for which the test names none.
 
@@ -76,11 +104,14 @@ def run_in_kernel(source: Source, trial: Trial, path: str = "forward") -> Kernel
     ways = {(s.header.destination, s.header.output or "") for s in sends}
     if len({destination for destination, _ in ways}) < len(ways):
         return KernelRun(not_run="one destination leaves by several interfaces")
-    ruleset = lowered(source, trial.policies, (), Findings())
-    with _bench(trial, sends, path) as bench:
+    if any(_tunnels(policy) for policy in trial.policies):
+        return KernelRun(not_run="tunnels need a network to lead through")
+    ruleset = lowered(source, trial.policies, (), Findings(), queue="xt")
+    with _bench(trial, sends, path) as bench, ExitStack() as stack:
         with bench.manager.entered():
             nft.load(_OBSERVER)
             nft.load(ruleset.text.text)
+        stack.enter_context(_python(bench.manager, ruleset))
         failures = []
         for step in trial.steps:
             if isinstance(step, Wait):

@@ -10,7 +10,18 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from itmlang import __version__
-from itmlang.nft.model import BaseHook, Chain, Counter, FlowSet, Rule, Ruleset, Table, ValueSet
+from itmlang.nft.model import (
+    BaseHook,
+    Chain,
+    Counter,
+    FlowSet,
+    Queue,
+    Rule,
+    Ruleset,
+    Table,
+    Tunnel,
+    ValueSet,
+)
 from itmlang.source import Reader, Source, Span, UnreadableError
 
 if TYPE_CHECKING:  # what is only loaded again needs no compiler
@@ -57,6 +68,7 @@ class Unit:
     warned: bool = False  # the compiler had something to say
     compiler: str = ""
     removed: tuple[str, ...] = ()  # policies of the file that were taken away
+    program: str = ""  # that brought it and serves its queues, see `runtime.app`; "" for a file
 
     @property
     def shown(self) -> str:
@@ -72,6 +84,10 @@ class Unit:
         """All that the ruleset follows from; equal for units that are the same."""
         reads = [(r.path, r.by, r.library, r.source.name, r.source.text) for r in self.reads]
         return self.source.name, self.source.text, reads, self.given, self.compiler, self.removed
+
+    def with_ruleset(self, ruleset: Ruleset) -> "Unit":
+        """The unit with its ruleset in the form that a machine needs."""
+        return replace(self, ruleset=ruleset)
 
     def without(self, names: set[str]) -> "Unit":
         """The unit without some of its policies; what the others share stays."""
@@ -100,6 +116,8 @@ def _without(table: Table, names: set[str]) -> Table:
         chains=chains,
         counters=[counter for counter in table.counters if counter.policy not in names],
         values=[one for one in table.values if f"@{one.name}" in text],
+        queues=[one for one in table.queues if one.policy not in names],
+        tunnels=[one for one in table.tunnels if one.policy not in names],
         sets=[
             one
             for one in table.sets
@@ -226,10 +244,15 @@ def to_json(unit: Unit) -> dict[str, Any]:
             "span": place(one.span),
             "hook": None if one.hook is None else [one.hook.name, one.hook.priority, one.hook.kind],
             "rules": [[rule.text, place(rule.span), rule.label] for rule in one.rules],
+            "role": one.role,
+            "number": one.number,
         }
 
-    def plain(one: Counter | ValueSet | FlowSet) -> dict[str, Any]:
+    def plain(one: Counter | ValueSet | FlowSet | Queue | Tunnel) -> dict[str, Any]:
         return {**_fields(one), "span": place(one.span)}
+
+    def queue(one: Queue) -> dict[str, Any]:
+        return {**plain(one), "calls": [[target, place(at)] for target, at in one.calls]}
 
     data = {
         "file": unit.file,
@@ -240,6 +263,7 @@ def to_json(unit: Unit) -> dict[str, Any]:
         "warned": unit.warned,
         "compiler": unit.compiler,
         "removed": list(unit.removed),
+        "program": unit.program,
         "tables": [
             {
                 **{k: getattr(table, k) for k in ("policies", "family", "title", "shared")},
@@ -248,6 +272,8 @@ def to_json(unit: Unit) -> dict[str, Any]:
                 "values": [plain(one) for one in table.values],
                 "sets": [plain(one) for one in table.sets],
                 "chains": [chain(one) for one in table.chains],
+                "queues": [queue(one) for one in table.queues],
+                "tunnels": [plain(one) for one in table.tunnels],
             }
             for table in unit.ruleset.tables
         ],
@@ -274,7 +300,27 @@ def from_json(data: Mapping[str, Any]) -> Unit:
     def chain(one: Mapping[str, Any]) -> Chain:
         rules = [Rule(text, span(place), label) for text, place, label in one["rules"]]
         hook = BaseHook(*one["hook"]) if one["hook"] else None
-        return Chain(one["name"], span(one["span"]), one["policy"], hook, rules)
+        return Chain(
+            one["name"], span(one["span"]), one["policy"], hook, rules, one["role"], one["number"]
+        )
+
+    def queue(one: Mapping[str, Any]) -> Queue:
+        known = {
+            "entries": tuple((name, begin) for name, begin in one["entries"]),
+            "decisions": tuple(one["decisions"]),
+            "calls": tuple((target, span(place)) for target, place in one["calls"]),
+            "span": span(one["span"]),
+        }
+        return Queue(**{**one, **known})
+
+    def tunnel(one: Mapping[str, Any]) -> Tunnel:
+        known = {
+            "sources": tuple((address, length) for address, length in one["sources"]),
+            "destinations": tuple(one["destinations"]),
+            "devices": tuple(one["devices"]),
+            "span": span(one["span"]),
+        }
+        return Tunnel(**{**one, **known})
 
     def value_set(one: Mapping[str, Any]) -> ValueSet:
         return ValueSet(one["name"], one["type"], tuple(one["elements"]), span(one["span"]))
@@ -294,6 +340,8 @@ def from_json(data: Mapping[str, Any]) -> Unit:
             values=[value_set(v) for v in one["values"]],
             sets=[flow_set(s) for s in one["sets"]],
             chains=[chain(c) for c in one["chains"]],
+            queues=[queue(q) for q in one["queues"]],
+            tunnels=[tunnel(t) for t in one["tunnels"]],
         )
 
     tables = tuple(table(one) for one in data["tables"])
@@ -307,4 +355,5 @@ def from_json(data: Mapping[str, Any]) -> Unit:
         warned=data["warned"],
         compiler=data["compiler"],
         removed=tuple(data["removed"]),
+        program=data["program"],
     )

@@ -192,6 +192,28 @@ NEEDING = {
             a { reject } # here
         }
     }""",
+    "fragments together": """policy p {
+        at prerouting
+        classify { a }
+        process {
+            a { decapsulate } # here
+        }
+    }""",
+    "flow hashes": """policy p {
+        at forward
+        classify { a }
+        process {
+            a { call "site:seen" } # here
+        }
+        queues 2
+    }""",
+    "connection marks": """policy p {
+        at forward
+        classify { a }
+        process {
+            a { call "site:seen" once per connection } # here
+        }
+    }""",
     "kernel log": """policy p {
         at forward
         classify { a }
@@ -249,7 +271,7 @@ def test_the_rows_are_whole():
         assert feature.part in PARTS, feature.name
         assert all((feature.purpose, feature.cost, feature.mend)), feature.name
         assert not any(text.endswith(".") for text in (feature.purpose, feature.cost, feature.mend))
-        assert bool(feature.spelled) == (feature.part == "policies"), feature.name
+        assert bool(feature.spelled) == (feature.part in ("policies", "queues")), feature.name
 
 
 def test_the_machine_is_asked_for_each_and_no_other():
@@ -279,7 +301,8 @@ def test_it_is_the_only_one_of_its_kind_that_is_needed(feature):
     wanted = {f.name for f in POLICIES_NEED if _needs(NEEDING[feature.name], f.name)}
     assert feature.name in wanted
     text = NEEDING[feature.name]
-    assert compile(Source("a.itm", text), capabilities=Capabilities(frozenset(wanted))).text
+    machine = Capabilities(frozenset({*wanted, "native queue"}))
+    assert compile(Source("a.itm", text), capabilities=machine).text
 
 
 def _needs(text: str, name: str) -> bool:
@@ -288,6 +311,37 @@ def _needs(text: str, name: str) -> bool:
     except CompileError:
         return True
     return False
+
+
+CALLS = """policy p {
+    at forward
+    classify { a }
+    process {
+        a { call "site:seen" } # here
+    }
+}"""
+
+
+def test_queues_are_in_the_form_that_the_machine_has():
+    def text(*lacks: str) -> str:
+        return compile(Source("a.itm", CALLS), capabilities=lacking(*lacks)).text.text
+
+    assert text() == text("xt queue")
+    assert re.findall(r"queue flags bypass to \d+", text())
+    assert "queue flags" not in text("native queue")
+    assert re.findall(r"\d+", text().partition("queue flags bypass to ")[2])[0] in re.findall(
+        r"# NFQUEUE (\d+)", text("native queue")
+    )
+
+
+@pytest.mark.parametrize("form, row", [("", "native"), ("native", "native"), ("xt", "xt")])
+def test_a_machine_without_the_form_of_queues_that_is_wanted_is_refused(form, row):
+    lacks = ("native queue", "xt queue") if not form else (f"{form} queue",)
+    with pytest.raises(CompileError) as caught:
+        compile(Source("a.itm", CALLS), capabilities=lacking(*lacks), queue=form)
+    (error,) = (found for found in caught.value.diagnostics if found.is_error)
+    assert (error.code, f"lacks `{row} queue`" in error.message) == ("E061", True)
+    assert error.span.source.line(error.span.line).endswith("# here")
 
 
 def test_a_plain_policy_needs_little():

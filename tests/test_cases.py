@@ -1,14 +1,21 @@
 """Each case four times: its golden text, `nft -c`, the semantics, a real kernel."""
 
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 
+from itmlang.marks import CLASS_BITS
+from itmlang.packet import Packet
+from itmlang.pipeline import Compiled
 from itmlang.semantics import Host
+from runtime.aside import served
 from runtime.traffic import Namespace
-from tests.support.cases import Case, cases, printed, unmet
+from tests.support.cases import Case, Send, cases, printed, unmet
 from tests.support.frames import routed, wrong_checksums
-from tests.support.kernel import Wire, counted, nft_check, placed, through
+from tests.support.kernel import Exchange, Wire, counted, nft_check, placed, through
+from tests.support.serving import in_python, xt_text
 
 # Seconds that a packet may take for the semantics and the kernel to judge it at one time,
 # and how often a case is run for a run without a later one.
@@ -30,12 +37,13 @@ def test_golden(case: Case, request: pytest.FixtureRequest) -> None:
 @each_case
 def test_nft_check(case: Case, empty_namespace: Namespace) -> None:
     with empty_namespace.entered():
-        assert nft_check(case.compiled().text.text) == ""
+        # Of the two forms of rules to queues every kernel that has queues takes this one.
+        assert nft_check(xt_text(case.compiled().ruleset)) == ""
 
 
 @each_case
 def test_semantics(case: Case) -> None:
-    host = Host(case.compiled().policies)
+    host = case.host()
     now, problems = 0.0, []
     for send in case.sends:
         now += send.wait
@@ -62,15 +70,68 @@ def test_kernel(case: Case, wire: Wire) -> None:
     assert not problems, "\n".join(problems)
 
 
+@each_case
+def test_in_python(case: Case, wire: Wire) -> None:
+    """The same policies forced to Python: the same verdicts, bytes and counts; or refused."""
+    moved, refused = in_python(case.compiled())
+    if refused:
+        assert moved is None, refused
+        return
+    assert moved is not None
+    for _ in range(MOST_RUNS):
+        problems, latest = _before_python(case, moved, wire)
+        if not problems or latest < LATE:
+            break
+    assert not problems, "\n".join(problems)
+
+
+def _before_python(case: Case, moved: Compiled, wire: Wire) -> tuple[list[str], float]:
+    """What Python did otherwise than the semantics; the longest that a packet took."""
+    host = Host(case.compiled().policies)
+    problems: list[str] = []
+    latest, start = 0.0, time.monotonic()
+    with (
+        wire.loaded(xt_text(moved.ruleset)) as exchange,
+        served(wire.network.manager, moved, {}) as engines,
+    ):
+        for written in case.sends:
+            # On the way to Python these bits of the mark are itm's.
+            send = replace(written, mark=written.mark & ~CLASS_BITS)
+            time.sleep(send.wait)
+            for number in range(1, send.count + 1):
+                packet = placed(send.packet(), send.path)
+                before = time.monotonic()
+                visits = through(host, packet, send.path, before - start)
+                passes = all(not visit.outcome.dropped for visit in visits)
+                problems += [
+                    f"{send.place}, packet {number}: {problem}"
+                    for problem in _passed(exchange, send, packet, passes)
+                ]
+                latest = max(latest, time.monotonic() - before)
+                python = {name: dict(one.state.packets) for name, (one,) in engines.items()}
+                wanted = {name: dict(state.packets) for name, state in host.states.items()}
+                if python != wanted:
+                    problems.append(f"{send.place}, packet {number}: {python}, not {wanted}")
+                    break
+        stray = exchange.stray()
+        problems += [f"{stray} packets too many"] if stray else []
+        unserved = {k: n for k, n in wire.counted(moved.ruleset).items() if " unserved " in k and n}
+        problems += [f"not served: {unserved}"] if unserved else []
+    return problems, latest
+
+
 def _before_the_kernel(case: Case, wire: Wire) -> tuple[list[str], float]:
     """What the kernel did otherwise than the semantics; the longest that a packet took."""
     compiled = case.compiled()
-    host = Host(compiled.policies)
+    host = case.host()
     problems: list[str] = []
     latest, start = 0.0, time.monotonic()
     # The kernel looks for connections that have ended once a tick (nf_conncount.c).
     tick = TICK if " ct count " in compiled.text.text else 0.0
-    with wire.loaded(compiled.text.text) as exchange:
+    with (
+        wire.loaded(xt_text(compiled.ruleset)) as exchange,
+        served(wire.network.manager, compiled, case.handlers()) if case.queued else nullcontext(),
+    ):
         for send in case.sends:
             time.sleep(send.wait)
             for number in range(1, send.count + 1):
@@ -79,29 +140,38 @@ def _before_the_kernel(case: Case, wire: Wire) -> tuple[list[str], float]:
                 before = time.monotonic()
                 visits = through(host, packet, send.path, before - start)
                 passes = all(not visit.outcome.dropped for visit in visits)
-                leaving = bytes(packet.data)
-                arrived = exchange.pass_on(send.data, send.path, send.mark, passes, leaving)
-                latest = max(latest, time.monotonic() - before)
                 where = f"{send.place}, packet {number}"
-                if (arrived is not None) != passes:
-                    problems.append(f"{where}: {'dropped' if passes else 'passed'} by the kernel")
-                elif arrived is not None and arrived.traffic_class is not None:
-                    if arrived.traffic_class != packet.tos:
-                        problems.append(f"{where}: traffic class {arrived.traffic_class:#04x}, "
-                                        f"not {packet.tos:#04x}")  # fmt: skip
-                    if arrived.data != leaving[40:]:
-                        problems.append(f"{where}: {_difference(arrived.data, leaving[40:])}")
-                elif arrived is not None:
-                    if arrived.data != leaving:
-                        problems.append(f"{where}: {_difference(arrived.data, leaving)}")
-                    problems += [f"{where}: {wrong}" for wrong in wrong_checksums(arrived.data)]
+                problems += [
+                    f"{where}: {problem}" for problem in _passed(exchange, send, packet, passes)
+                ]
+                latest = max(latest, time.monotonic() - before)
                 counters = wire.counted(compiled.ruleset)
-                if counters != counted(host):
-                    problems.append(f"{where}: the kernel counts {counters}, not {counted(host)}")
+                wanted = counted(host) | {name: 0 for name in counters if " unserved " in name}
+                if counters != wanted:
+                    problems.append(f"{where}: the kernel counts {counters}, not {wanted}")
                     break
         stray = exchange.stray()
         problems += [f"{stray} packets too many"] if stray else []
     return problems, latest
+
+
+def _passed(exchange: Exchange, send: Send, packet: Packet, passes: bool) -> list[str]:
+    """Send a packet; what came of it otherwise than the semantics say, of which `packet` comes."""
+    leaving = bytes(packet.data)
+    arrived = exchange.pass_on(send.data, send.path, send.mark, passes, leaving)
+    if (arrived is not None) != passes:
+        return [f"{'dropped' if passes else 'passed'} by the kernel"]
+    if arrived is None:
+        return []
+    if arrived.traffic_class is None:
+        problems = [_difference(arrived.data, leaving)] if arrived.data != leaving else []
+        return problems + wrong_checksums(arrived.data)
+    problems = []
+    if arrived.traffic_class != packet.tos:
+        problems.append(f"traffic class {arrived.traffic_class:#04x}, not {packet.tos:#04x}")
+    if arrived.data != leaving[40:]:
+        problems.append(_difference(arrived.data, leaving[40:]))
+    return problems
 
 
 def _difference(got: bytes, wanted: bytes | bytearray) -> str:

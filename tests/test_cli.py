@@ -69,6 +69,45 @@ def test_compile_knows_other_forms():
     assert "class short" in itmc("compile", "--placement", QOS_MOD).stdout
 
 
+def test_compile_shows_what_runs_in_python(tmp_path):
+    file = tmp_path / "a.itm"
+    file.write_text(
+        "policy p {\n at forward\n"
+        " classify { a when dport == 1  b when dport == 2  c when dport == 3  d }\n"
+        ' process { a { set ttl 9  call "site:seen"  drop }  b { call "site:first" once per connection }'
+        ' c { limit 1/s else { call "site:over" } } }\n'
+        " queues 1 length 7 from 100\n fail closed\n}\n"
+        "policy q { at forward classify { a } log { sample 1 in 10 } run python queues 3 from 200 }\n"
+    )
+    shown = " ".join(itmc("compile", "--placement", str(file)).stdout.split())
+    for wanted in (
+        "p class a kernel nftables has what comes first: set ttl 9",
+        'p class a queue 100 nftables has no call "site:seen", and what follows: drop',
+        "p class b queue 100 a connection's first packet",
+        "p class b kernel what was decided holds for the others",
+        'p class c queue 100 nftables has no call "site:over", so Python limits: limit 1/s else',
+        "p class d kernel nftables has all its actions",
+        "p unserved kernel `fail closed`: it is dropped",
+        "q sample, record kernel",
+        "q all else queue 200-202 the policy says `run python`",
+        "q unserved kernel `fail open`: it passes",
+    ):
+        assert wanted in shown
+    first, second = json.loads(itmc("compile", "--format", "json", str(file)).stdout)["tables"][
+        ::-1
+    ]
+    (queue,) = first["queues"] if first["name"] == "itm_p" else second["queues"]
+    assert (queue["first"], queue["length"], queue["fail"]) == (100, 7, "closed")
+    assert queue["calls"] == ["site:seen", "site:first", "site:over"]
+    plain = itmc("compile", "--format", "ir", str(file)).stdout
+    assert "python: queues 1 from 100 length 7" in plain and "run python: queues 3" in plain
+    native = itmc("compile", str(file)).stdout
+    assert itmc("compile", "--against", "native", str(file)).stdout == native
+    assert native.count("queue flags bypass to ") == 4
+    xt = itmc("compile", "--against", "xt", str(file)).stdout
+    assert (xt.count("queue flags"), xt.count("# NFQUEUE ")) == (0, 4)
+
+
 def test_a_pipe_that_closes_early_is_no_error(tmp_path):
     command = " ".join([f"'{part}'" for part in ITMC]) + f" compile {SIZE_AWARE} | head -1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)

@@ -53,6 +53,7 @@ def test_the_ruleset_is_what_compile_prints():
         "docs/cookbook.md",
         "docs/doctor.md",
         "docs/boot.md",
+        "docs/libitm.md",
     ],
 )
 def test_links_lead_somewhere(name):

@@ -6,6 +6,7 @@ import pytest
 
 from runtime import nft
 from runtime.traffic import Namespace, TrafficError
+from tests.support.commands import nothing_left
 from tests.support.errors_page import CODES, PAGE, ROOT, Entry, codes, entries, page
 from tests.support.needs import unavailable
 
@@ -64,7 +65,7 @@ def test_a_command_prints_what_is_shown(entry, tmp_path, monkeypatch, request):
     except TrafficError as error:
         unavailable(error)
     try:
-        with namespace.entered():
+        with namespace.entered(), nothing_left():
             printed = entry.dialogue(LARGE.get(entry.code, {}))
     finally:
         namespace.close()

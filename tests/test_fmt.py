@@ -77,10 +77,16 @@ policy\tx ( a : port=80-90 within 1 - 100,b:packets = a + 1 - 5 KB){ at ingress 
      o {   # nothing
      }
      limited { limit 500packets/s else { set mark 1 set tos minimize-delay set dscp ef accept drop drop } }
+     handled { set dscp ef call"site:seen"  call
+       "site:first" once per
+       connection }
+     inside { encapsulate to 192.0.2.1 from
+       192.0.2.2 }  outside { decapsulate }
   }
   update{add saddr to @seen for 1h when dport==22; remove saddr from @seen
     when ttl == 3 }
-  run kernel fail open }
+  run kernel fail open queues 4 length 100
+     buffer 1MB copy 200 bytes from 7 }
 test "x" { policy x(threshold=2); path in
  wait 5s
  send 3 tcp 10.0.0.1:1000->10.0.0.2:80 expect class short tos 0x10
@@ -153,6 +159,15 @@ policy x(a: port = 80-90 within 1-100, b: packets = a + 1 - 5 KB) {
                 drop
             }
         }
+        handled {
+            set dscp ef
+            call "site:seen"
+            call "site:first" once per connection
+        }
+        inside {
+            encapsulate to 192.0.2.1 from 192.0.2.2
+        }
+        outside { decapsulate }
     }
     update {
         add saddr to @seen for 1h when dport == 22
@@ -161,6 +176,7 @@ policy x(a: port = 80-90 within 1-100, b: packets = a + 1 - 5 KB) {
     }
     run kernel
     fail open
+    queues 4 length 100 buffer 1 MB copy 200 bytes from 7
 }
 test "x" {
     policy x(threshold = 2)

@@ -198,6 +198,17 @@ def test_elements_with_all_that_can_stand_in_them():
     ]
 
 
+def test_the_sets_own_timeout_listed_at_an_element_is_not_the_elements():
+    assert elements(
+        "10.0.0.1 timeout 1m30s expires 49s, 10.0.0.2 timeout 1m expires 49s,\n"
+        "10.0.0.3 counter packets 3 bytes 90 timeout 1m30s expires 3s"
+    ) == [
+        Element(("10.0.0.1",), expires=49_000),
+        Element(("10.0.0.2",), timeout=60_000, expires=49_000),
+        Element(("10.0.0.3",), 3, 90, None, 3_000),
+    ]
+
+
 def test_keys_of_several_fields_and_of_all_types():
     assert [e.key for e in elements("10.0.0.1 . 6 . 53, 0x0000002a . 2, fd00::1 . 80")] == [
         ("10.0.0.1", "6", "53"),

@@ -33,6 +33,7 @@ TOKENS = (
     "else", "per", "sample", "1", "record", "most", "reject", "accept", "test", "20 mbit", "10/s",
     "1%", "random", "fragment", "ct.state", "new", "icmp.type", "f.age", "f.rate", "f.connections",
     "ingress", "egress", "within", "class", "untouched", "wait", "path", "mark", "sport", "daddr",
+    "call", '"m:f"', "once", "encapsulate", "decapsulate", "queues", "length", "copy", "python",
     "tcp.mss", "1-", "2h", "ttl", "address", "port", "interface", "10.0.0.1:80", "->", "udp", "@",
 )  # fmt: skip
 OTHERS = (
@@ -42,6 +43,9 @@ OTHERS = (
     "policy p(rate: rate = 2 mbit, hosts: address = @a within 10.0.0.0/8) { at forward "
     "classify { c when saddr in hosts } process { c { limit rate burst 20 KB else "
     "{ set dscp le limit 5 packets/s } } } update { remove saddr from @c when random < 1% } }",
+    "policy s(n: number = 3) { at prerouting classify { a when ttl == 1 b } process { a { set dscp ef "
+    'call "m:f" once per connection drop } b { limit 5/s else { call "m.n:f" } encapsulate to '
+    "192.0.2.1 from 192.0.2.2 } } queues n length 10 copy 200 bytes from 7 fail closed }",
     'policy q { at ingress "eth0" log { sample 1 in 100 group 3 record "x" at most 3/m } '
     "classify { c when ct.state != { new } or not icmpv6.type in 128-129 } fail closed run kernel }",
     'test "a" { policy p(threshold = 2) send 3 tcp 10.0.0.1:1000 -> 10.0.0.2:80 flags syn,ack '
@@ -178,6 +182,48 @@ def test_what_is_large_or_deep_is_answered_soon(text: str) -> None:
 def test_sixty_levels_are_not_too_deep() -> None:
     assert errors(condition("(" * 60 + "dport == 1" + ")" * 60)) == []
     assert [c for _, c in errors(condition("(" * 70 + "dport == 1" + ")" * 70))] == ["E003"]
+
+
+# What the words around Python may be called, too.
+_WORDS = (
+    "call", "once", "connection", "encapsulate", "decapsulate", "queues", "length", "buffer", "copy",
+    "python", "kernel", "open", "closed",
+)  # fmt: skip
+_NAMED = {
+    "class": "policy p { at forward classify { a when ttl == 1 WORD when ttl == 2 b when ttl == 3 } "
+    'process { a { drop } WORD { accept } b { call "m:f" } } }',
+    "class that calls": "policy p { at forward classify { a when ttl == 1 WORD } process { a { "
+    'call "m:f" once per connection } WORD { call "m:f" once per connection } } queues 2 }',
+    "class in a tunnel": "policy p { at prerouting classify { WORD } process { WORD { encapsulate to "
+    "192.0.2.1 from 192.0.2.2 } } queues 2 length 3 buffer 1 MB copy 1 KB from 8 fail closed }",
+    "flow": "policy p { at forward flow WORD by saddr classify { c when WORD.packets > 3 } log { "
+    'count WORD } process { c { limit 10/s per WORD else { call "m:f" } call "m:g" } } queues 1 }',
+    "flow of a limit": "policy p { at forward flow WORD by saddr classify { c } process { c { "
+    'limit 10/s per WORD call "m:f" limit 10/s per WORD } } }',
+    "number": 'policy p(WORD: number = 3) { at forward classify { c } process { c { call "m:f" } } '
+    "priority WORD queues WORD from WORD }",
+    "length": 'policy p(WORD: packets = 3) { at forward classify { c } process { c { call "m:f" } } '
+    "queues 2 length WORD from 7 }",
+    "size": 'policy p(WORD: bytes = 1 MB) { at forward classify { c } process { c { call "m:f" } } '
+    "queues 2 buffer WORD length 3 }",
+    "address": "policy p(WORD: address = 192.0.2.1) { at prerouting classify { c } process { c { "
+    "encapsulate to WORD from 192.0.2.2 } } }",
+    "rate": "policy p(WORD: packet_rate = 10/s) { at forward classify { c } process { c { limit WORD "
+    'else { call "m:f" } call "m:f" } } }',
+    "policy": "policy WORD { at forward classify { c } } use WORD as b",
+    "set": "set WORD: address timeout 1m policy x { at forward classify { c when saddr in @WORD } "
+    'process { c { call "m:f" } } update { add saddr to @WORD } }',
+    "test": 'policy WORD { at forward classify { WORD } } test "x" { policy WORD '
+    "send 1 udp 192.0.2.1:1 -> 192.0.2.2:2 expect class WORD.WORD }",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", _NAMED)
+@pytest.mark.parametrize("gap", [" ", "\n", " # x\n"])
+def test_words_around_python_are_names_like_others(place: str, gap: str) -> None:
+    for word in _WORDS:
+        text = _NAMED[place].replace("WORD", word).replace(" ", gap)
+        assert errors(text) == [], word
 
 
 def test_all_errors_come_in_one_run() -> None:

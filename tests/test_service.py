@@ -15,7 +15,7 @@ from runtime.service import FOLDER, Program
 from tests.support.needs import unavailable
 from tests.test_cli import itmc
 
-UNIT = FOLDER / "itm.service"
+UNIT, RUNTIME = FOLDER / "itm.service", FOLDER / "itm-runtime.service"
 LINK = FOLDER / "sysinit.target.wants" / "itm.service"
 
 
@@ -70,7 +70,9 @@ def test_systemd_takes_the_units(tmp_path, path):
         done = analyzed("verify", "--man=no", "--recursive-errors=no", str(tmp_path / name))
         assert (done.returncode, done.stdout + done.stderr) == (0, "")
         # It does look: another path is no program.
-        (tmp_path / name).write_text(text.replace("boot\n", "boot\nExecStartPre=/no/itmc\n", 1))
+        (tmp_path / name).write_text(
+            text.replace("[Service]\n", "[Service]\nExecStartPre=/no/itmc\n")
+        )
         assert "/no/itmc is not executable" in analyzed("verify", str(tmp_path / name)).stderr
 
 
@@ -95,8 +97,10 @@ def test_what_is_installed_is_what_is_shown(image):
     assert done.returncode == 0
     assert f"wrote {below(image, UNIT)}\nwrote {below(image, LINK)}\n" in done.stdout
     assert "systemctl start" not in done.stdout
-    assert below(image, UNIT).read_text() == shown.stdout
-    assert "\nExecStart=/usr/bin/itmc boot\n" in shown.stdout
+    texts = [f"# {path}\n{below(image, path).read_text()}" for path in (UNIT, RUNTIME)]
+    assert "\n".join(texts) == shown.stdout
+    assert "\nExecStart=/usr/bin/itmc boot\n" in texts[0]
+    assert "\nExecStart=/usr/bin/itmc serve\n" in texts[1]
     # As `systemctl enable` makes it: seen from the booted machine.
     assert os.readlink(below(image, LINK)) == "/etc/systemd/system/itm.service"
     assert stat.S_IMODE(below(image, UNIT).stat().st_mode) == 0o644
@@ -106,9 +110,9 @@ def test_once_more_changes_nothing_and_removing_leaves_nothing(image):
     before = files(image)
     install(image, "--itmc", "/usr/bin/itmc")
     installed, written = files(image), below(image, UNIT).stat().st_mtime_ns
-    assert len(installed) == 3
+    assert len(installed) == 5
     again = install(image, "--itmc", "/usr/bin/itmc")
-    assert again.stdout == "itm.service: installed and enabled already\n"
+    assert again.stdout == "itm.service itm-runtime.service: installed and enabled already\n"
     assert (files(image), below(image, UNIT).stat().st_mtime_ns) == (installed, written)
     # Removed half by hand: installing mends it.
     below(image, LINK).unlink()
@@ -195,9 +199,12 @@ def test_systemd_is_told_and_its_refusal_undoes_all(tmp_path, monkeypatch):
     systemctl = program(tmp_path / "bin/systemctl", f'#!/bin/sh\necho "$@" >>{log}\n')
     mine = Program(Path("/usr/bin/itmc"), (Path("/usr/bin/itmc"),))
     done = service.install(mine, Path("/"))
-    assert (done.changed, done.told) == (
-        (folder / "itm.service", folder / "sysinit.target.wants/itm.service"), True
-    )  # fmt: skip
+    assert done.told
+    assert done.changed == tuple(
+        folder / place / name
+        for name in ("itm.service", "itm-runtime.service")
+        for place in ("", "sysinit.target.wants")
+    )
     assert not service.install(mine, Path("/")).told
     assert log.read_text() == "daemon-reload\n"
     installed = files(folder)
@@ -207,7 +214,7 @@ def test_systemd_is_told_and_its_refusal_undoes_all(tmp_path, monkeypatch):
     assert files(folder) == installed
     systemctl.write_text(f'#!/bin/sh\necho "$@" >>{log}\n')
     service.remove(Path("/"))
-    assert log.read_text() == "daemon-reload\ndaemon-reload\nstop itm.service\n"
+    assert log.read_text() == "daemon-reload\ndaemon-reload\nstop itm.service itm-runtime.service\n"
     assert files(folder) == {}
 
 

@@ -3,8 +3,10 @@
 from itmlang.actions.accept import Accept
 from itmlang.actions.action import Action, Lowered
 from itmlang.actions.addresses import SetDaddr, SetSaddr
+from itmlang.actions.call import Call
 from itmlang.actions.drop import Drop
 from itmlang.actions.dscp import SetDscp
+from itmlang.actions.encapsulate import Decapsulate, Encapsulate
 from itmlang.actions.mark import SetMark
 from itmlang.actions.mss import SetMss
 from itmlang.actions.ports import SetDport, SetSport
@@ -16,6 +18,7 @@ ACTIONS: tuple[type[Action], ...] = (
     Accept, Drop, Reject,
     SetDscp, SetTos, UnsetTos, SetTtl, SetMark,
     SetSaddr, SetDaddr, SetSport, SetDport, SetMss,
+    Call, Encapsulate, Decapsulate,
 )  # fmt: skip
 
 __all__ = ["ACTIONS", "Action", "Lowered"]

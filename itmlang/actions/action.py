@@ -28,7 +28,8 @@ class Action:
 
     `verdict` ("accept", "drop" or "reject") is how an action ends its policy; such an
     action is the last of its class. `hooks` are those where it can stand, `why` says
-    why not elsewhere. `reroutes` tells that the packet's route may be another one then.
+    why not elsewhere. `reroutes` tells that the packet's route may be another one then,
+    `in_python` that nftables cannot say it, `defragments` that it needs fragments put together.
     """
 
     words: ClassVar[tuple[str, ...]]
@@ -37,7 +38,19 @@ class Action:
     hooks: ClassVar[tuple[str, ...]] = (INGRESS, *HOOKS, EGRESS)
     why: ClassVar[str] = ""
     reroutes: ClassVar[bool] = False
+    in_python: ClassVar[bool] = False
+    defragments: ClassVar[bool] = False
     value: Any = 0
+
+    @property
+    def handler(self) -> str:
+        """The function of the user's that it calls, as `module:function`, "" for none."""
+        return ""
+
+    @property
+    def once(self) -> bool:
+        """Is it done for a connection's first packet alone?"""
+        return False
 
     def refusal(self) -> str:
         """Why the operand cannot be used, "" if it can."""
@@ -46,7 +59,7 @@ class Action:
     def lower(self, family: int, protocols: Ranges) -> Lowered | None:
         """The rules for packets of a family that have one of the protocols.
 
-        None where nftables has no way to say it. Rules that are the same for both
+        None if the action is `in_python`. Rules that are the same for both
         families are taken once.
         """
         return Lowered()

@@ -1,15 +1,12 @@
 """`set mark N`: write the packet mark, but for the bits that the compiler keeps for itself."""
 
 from dataclasses import dataclass
-from typing import Final
 
 from itmlang import values
 from itmlang.actions.action import Action, Lowered
+from itmlang.marks import KEPT
 from itmlang.packet import Packet
 from itmlang.values import Ranges
-
-# The bits of the mark that are the compiler's.
-KEPT: Final = 0xFF00_0000
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
-from itmlang import ir, rates, values
+from itmlang import ir, marks, rates, values
+from itmlang.capabilities import EVERYTHING, Capabilities
 from itmlang.diagnostics import Findings
 from itmlang.fields import ANY_FAMILY, EGRESS, Field, hook_kind
+from itmlang.nft import tunnels
 from itmlang.nft.match import (
     FlowNames,
     Leaf,
@@ -45,9 +47,11 @@ from itmlang.nft.model import (
     Rule,
     Ruleset,
     Table,
+    Tunnel,
     ValueSet,
     duration,
 )
+from itmlang.nft.queueing import Handing, Kept, defragmented, settle
 from itmlang.simplify import (
     MOST_DRAWN,
     Draw,
@@ -62,6 +66,7 @@ from itmlang.simplify import (
     keyed_by_transport,
 )
 from itmlang.source import Span
+from itmlang.tunnelling import Inward, inward, outward
 from itmlang.values import FAMILIES, IPV4, IPV6, Addresses, Names
 
 # A chain may be this many jumps and gotos away from its hook
@@ -74,8 +79,6 @@ _LATER_FRAGMENT: Final = {IPV4: "ip frag-off & 0x1fff != 0", IPV6: "frag frag-of
 
 # A flow stays over a rate for so long after its bucket ran out, in milliseconds.
 OVER_RATE: Final = 1000
-# The bit of the mark that says that a change of a learned set was made (see `actions.mark`).
-_CHANGED: Final = 0x0100_0000
 # "For ever" in a learned set is a hundred years. The kernel gives an element that came
 # without a time none later on, and drops one with a time when it is renewed without.
 FOR_EVER: Final = 36_500 * 86_400_000
@@ -86,16 +89,22 @@ _MOST_PACKETS: Final = 2**32 - 1  # the burst of nft_limit is 32 bits wide
 _MOST_ELEMENTS: Final = 2**32 - 1  # so is a set's size
 
 
-def lower(file: str, policies: Sequence[Simplified], findings: Findings) -> Ruleset:
+def lower(
+    file: str,
+    policies: Sequence[Simplified],
+    findings: Findings,
+    capabilities: Capabilities = EVERYTHING,
+) -> Ruleset:
     """The ruleset for the policies of a file."""
     tables = []
+    kept = Kept({number for one in policies for number in one.policy.queueing.given})
     for group in _groups(policies):
         egress = any(hook_kind(h) == EGRESS for one in group for h in one.policy.hooks)
         names = tuple(one.policy.name for one in group)
         table = Table(names, group[0].policy.span, "netdev" if egress else "inet")
         shared: dict[str, Chain] = {}
         for one in group:
-            _Lowering(one, table, shared, findings)
+            _Lowering(one, table, shared, findings, kept, capabilities)
         _value_sets(table, group)
         table.chains.extend(shared.values())
         _reach(table, findings)
@@ -192,6 +201,8 @@ class _Lowering:
         table: Table,
         shared: dict[str, Chain],
         findings: Findings,
+        kept: Kept,
+        capabilities: Capabilities,
     ) -> None:
         self.policy = simplified.policy
         self.whole, self.fragments = simplified.whole, simplified.fragments
@@ -207,19 +218,33 @@ class _Lowering:
         self._shared = shared
         self._logs = bool(self.policy.counts or self.policy.notes)
         self._updates = any(variant.updates for variant in self.variants)
+        updating = f"{self.prefix}update_sets" if self._updates else ""
+        self.handing = Handing(self.policy, kept, updating=updating)
+        self._outward: dict[str, Tunnel] = {}
+        self._inward: Tunnel | None = None
+        self._tunnels(kept, capabilities)
         self._counters()
         self._hooks()
+        if self.policy.in_python:
+            if self.policy.notes:
+                self._notes_alone()
+            settle(self.table, self.policy, self.handing, findings)
+            return
         self._classify()
         if self._logs or self._updates:
             self._log()
         spans: dict[str, Span] = {}
         for rule in (rule for variant in self.variants for rule in variant.rules):
             spans.setdefault(rule.name, rule.span)
+        for rule in self.policy.rules:  # a handler may give a class that no condition leads to
+            if rule.name in self.handing.targets:
+                spans.setdefault(rule.name, rule.span)
         for name, span in spans.items():
             self._class(name, span)
         if self._updates:
             self._update()
         self._asked_sets()
+        settle(self.table, self.policy, self.handing, findings)
 
     # Chains and rules.
 
@@ -261,6 +286,8 @@ class _Lowering:
         return f'counter name "{full}"'
 
     def _counters(self) -> None:
+        if self.policy.in_python:  # there it counts
+            return
         # A class that nothing can reach keeps its counter: it is there, at 0.
         spans = {rule.name: rule.span for rule in reversed(self.policy.rules)}
         for name in self.policy.classes:
@@ -280,11 +307,16 @@ class _Lowering:
             chain = self._chain("interest", span)
             for base in bases:
                 self._rule(base, self._goto("interest"), span)
+        if self._inward is not None:
+            self._out_of_tunnel(chain, self._inward)
         if self.table.family == "netdev":
             self._rule(chain, "meta protocol != { ip, ip6 } return", span)
         if asks_transport(self.whole.interest) and self.fragments is not None:
             self._divert(chain, self._fragments_of_interest(chain, self.fragments), span)
-        self._interest(chain, self.whole.interest, self._goto("classify"))
+        target = "classify"
+        if self.policy.in_python:
+            target = "note_packets" if self.policy.notes else "hand_over"
+        self._interest(chain, self.whole.interest, self._goto(target))
 
     def _base(self, hook: str, span: Span) -> Chain:
         kind, _, device = hook.partition(" ")
@@ -314,9 +346,13 @@ class _Lowering:
         """Where later fragments go, if the interest asks for ports."""
         if is_false(fragments.interest):
             return "return"
+        if self.policy.in_python:
+            target = self._goto("note_packets" if self.policy.notes else "hand_over")
+        else:
+            target = self._fragment_class(fragments)
         name = f"{chain.name.removeprefix(self.prefix)}_fragments"
         other = self._chain(name, self.policy.interest.span)
-        self._interest(other, fragments.interest, self._fragment_class(fragments))
+        self._interest(other, fragments.interest, target)
         return f"goto {other.name}"
 
     def _divert(self, chain: Chain, target: str, span: Span) -> None:
@@ -517,6 +553,14 @@ class _Lowering:
             for family in families:
                 self._count(chain, count, family)
 
+    def _notes_alone(self) -> None:
+        """Samples and records of a policy whose other parts run in Python."""
+        span = self.policy.notes[0].span
+        chain = self._chain("note_packets", span)
+        for note in self.policy.notes:
+            self._note(chain, note)
+        self._rule(chain, self._goto("hand_over"), span)
+
     def _note(self, chain: Chain, note: ir.Sample | ir.Record) -> None:
         """A sample or a record, counted."""
         match note:
@@ -709,13 +753,115 @@ class _Lowering:
         counter = self._counter(f"class_{name}", "class", name, span)
         logging = "log_only" if self._updates else "log_flows"
         log = f" jump {self.prefix}{logging}" if self._logs else ""
-        self._rule(chain, f"{counter}{log}", span, name)
         steps = self.policy.process.get(name, ())
-        self._steps(chain, steps, name)
+        self._elsewhere(chain, steps, name)
+        self._rule(chain, f"{counter}{log}", span, name)
+        if name in self.handing.targets:
+            # Packets come here that were counted already, as those of another class.
+            self._rule(chain, self._goto(f"moved_{name}"), span, name)
+            chain = self._chain(f"moved_{name}", span)
+            self.handing.moved[name] = chain.name
+        self._act(chain, steps, 0, span, name)
+
+    def _act(self, chain: Chain, steps: ir.Steps, start: int, span: Span, name: str) -> None:
+        """The actions from one on: what nftables can say, then what it hands over to Python."""
+        begin = ir.python_part(steps, start)
+        self._steps(chain, steps[start:begin], name)
+        if begin < len(steps):
+            step = steps[begin]
+            if name in self._outward:
+                self._into_tunnel(chain, step.span, name)
+                return
+            if isinstance(step, ir.Step) and step.action.defragments:
+                self._rule(chain, defragmented(self.policy), step.span, name)
+            number = self.handing.number(name, begin, step.span)
+            if isinstance(step, ir.Step) and step.action.once:
+                self._decided(chain, steps, begin, name)
+            elif self._updates:
+                self._rule(chain, f"jump {self.prefix}update_sets", step.span, name)
+            self._rule(chain, marks.with_class(number), step.span, name)
+            self._rule(chain, self._goto("to_python"), step.span, name)
+            return
         # The verdict is always given: `classify` may have jumped here, and a chain
         # that just ends would return into it.
         if not ir.verdict(steps):
             self._end(chain, ("accept",), steps[-1].span if steps else span, name)
+
+    def _into_tunnel(self, chain: Chain, span: Span, name: str) -> None:
+        """The class's packets go into a tunnel of the kernel's own."""
+        tunnel = self._outward[name]
+        if self._updates:
+            self._rule(chain, f"jump {self.prefix}update_sets", span, name)
+        stem = f"tunnel_to_{values.address_text(IPV4, tunnel.destination).replace('.', '_')}"
+        found = [c for c in self.table.chains if c.role == "tunnel" and c.number == tunnel.number]
+        if not found:
+            into = self._numbered(stem, span) if self._has(stem) else self._chain(stem, span)
+            into.role, into.number = "tunnel", tunnel.number
+            for text in tunnels.rules(tunnel, ""):
+                self._rule(into, text, span, name)
+            found = [into]
+        self._rule(chain, f"goto {found[0].name}", span, name)
+
+    def _has(self, name: str) -> bool:
+        return any(c.name == self.prefix + name for c in self.table.chains)
+
+    def _tunnels(self, kept: Kept, capabilities: Capabilities) -> None:
+        """Find which classes the kernel's tunnels can serve, as far as there are numbers."""
+        policy = self.policy
+        for name in policy.classes:
+            span = next((s.span for s in policy.process.get(name, ()) if s.in_python), policy.span)
+            way, end = outward(policy, name), inward(policy, name)
+            if way is not None and "BPF on routes" in capabilities.features:
+                number = kept.tunnel((way.destination, way.source))
+                if number is not None:
+                    made = Tunnel(
+                        policy.name, name, number, span,
+                        destination=way.destination, source=way.source or 0,
+                    )  # fmt: skip
+                    self._outward[name] = made
+                    self.table.tunnels.append(made)
+            if isinstance(end, Inward) and "BPF on links" in capabilities.features:
+                number = kept.tunnel((policy.name, name))
+                if number is not None:
+                    self._inward = Tunnel(
+                        policy.name, name, number, span, inward=True, sources=end.sources,
+                        destinations=end.destinations, devices=end.devices,
+                    )  # fmt: skip
+                    self.table.tunnels.append(self._inward)
+
+    def _out_of_tunnel(self, chain: Chain, tunnel: Tunnel) -> None:
+        """What a program on the link took out of a tunnel is counted for its class."""
+        name, span = tunnel.name, tunnel.span
+        taken = self._chain(f"taken_{name}", span)
+        taken.role, taken.number = "tunnel", tunnel.number
+        counter = self._counter(f"class_{name}", "class", name, span)
+        for text in tunnels.rules(tunnel, counter):
+            self._rule(taken, text, span, name)
+        self._rule(chain, f"{tunnels.TAKEN} {taken.name}", span, name)
+
+    def _decided(self, chain: Chain, steps: ir.Steps, index: int, name: str) -> None:
+        """What was decided for the connection holds, and its packets stay in the kernel."""
+        step = steps[index]
+        accepted = self._chain(f"decided_{name}", step.span)
+        dropped = self._chain(f"dropped_{name}", step.span)
+        self.handing.deciding[name] = accepted.name
+        self.handing.dropping = dropped.name
+        accept = (f"accept {name}", f"accept {name} marked")
+        self._rule(chain, self.handing.restored(accept[1:]), step.span, name)
+        targets = {**dict.fromkeys(accept, accepted.name), "drop": dropped.name}
+        self._rule(chain, self.handing.lookup(targets), step.span, name)
+        self._end(dropped, ("drop",), step.span, name)
+        self._act(accepted, steps, index + 1, step.span, name)
+
+    def _elsewhere(self, chain: Chain, steps: ir.Steps, name: str) -> None:
+        """Packets of a connection that was given another class go there, before they are counted."""
+        step = next((s for s in steps if isinstance(s, ir.Step) and s.action.once), None)
+        if step is None or not self.handing.targets:
+            return
+        plain = {f"class {t}": f"{self.prefix}class_{t}" for t in self.handing.targets}
+        marked = {f"{one} marked": target for one, target in plain.items()}
+        self._rule(chain, self.handing.restored(marked), step.span, name)
+        self._rule(chain, self.handing.lookup({**plain, **marked}), step.span, name)
 
     def _steps(self, chain: Chain, steps: ir.Steps, label: str) -> None:
         for step in steps:
@@ -829,14 +975,14 @@ class _Lowering:
         It would be made (and counted) again for each alternative that holds. So it sets a
         bit of the mark, one of the compiler's own, at which the others stop.
         """
-        clear = f"meta mark set meta mark & {0xFFFF_FFFF ^ _CHANGED:#010x}"
+        clear = f"meta mark set meta mark & {marks.ALL ^ marks.CHANGED:#010x}"
         for one in inside:
             rules, one.rules = one.rules, []
             for index, rule in enumerate(rules):
                 one.rules.append(rule)
                 if " jump " in f" {rule.text}" and index < len(rules) - 1:
-                    self._rule(one, f"meta mark & {_CHANGED:#010x} != 0 return", rule.span)
-        self._rule(change, f"meta mark set meta mark | {_CHANGED:#010x}", span)
+                    self._rule(one, f"meta mark & {marks.CHANGED:#010x} != 0 return", rule.span)
+        self._rule(change, f"meta mark set meta mark | {marks.CHANGED:#010x}", span)
         self._rule(chain, clear, span)
         self._rule(chain, f"jump {inside[0].name}", span)
         self._rule(chain, clear, span)

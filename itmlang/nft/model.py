@@ -39,11 +39,89 @@ class BaseHook:
 
 @dataclass
 class Chain:
+    """A chain. `role` is "" or, of a policy with packets for Python, "queue" (it hands packets
+    to the queue `number`), "settle" (the base chain where they come back) or "beat"; or
+    "tunnel" (it steers packets of the kernel's tunnel `number`)."""
+
     name: str
     span: Span
     policy: str = ""  # "" for one that the policies of a table share
     hook: BaseHook | None = None
     rules: list[Rule] = field(default_factory=list)
+    role: str = ""
+    number: int = 0
+
+
+@dataclass(frozen=True)
+class Queue:
+    """What a policy has in Python, and the queues that lead there.
+
+    They are `many`, from the number `first` on. `entries` are classes with the step at
+    which Python takes over, by their number in the class bits of the mark, from 1;
+    `decisions` are what `once per connection` can come to, by the numbers after those.
+    `calls` are the handlers, as `module:function`, with their places in the policy.
+    `whole` says that all of the policy is there; the class bits then carry one of
+    `TRACKED`. `length` are packets, `buffer` and `copy` bytes (None: as handlers ask).
+    `encapsulates` tells that packets which come in are put into tunnels there,
+    `decapsulates` that they are taken out. `kept` are the bits of the connection's mark
+    that hold decisions. `part` is a checksum of all that is done there.
+    """
+
+    policy: str
+    first: int
+    many: int
+    length: int
+    buffer: int
+    copy: int | None
+    fails_open: bool
+    whole: bool
+    entries: tuple[tuple[str, int], ...]
+    decisions: tuple[str, ...]
+    calls: tuple[tuple[str, Span], ...]
+    span: Span
+    encapsulates: bool = False
+    decapsulates: bool = False
+    kept: int = 0
+    part: int = 0
+
+
+@dataclass(frozen=True)
+class Tunnel:
+    """A tunnel of the kernel's own, for a class: `number` is what the tunnel bits of the mark say.
+
+    It leads to `destination` from `source` (0: as routing chooses), IPv4 integers. With
+    `inward` it is the end of tunnels: what comes from `sources` (prefixes; none: anywhere) to
+    `destinations` by `devices` (none: any).
+    """
+
+    policy: str
+    name: str
+    number: int
+    span: Span
+    inward: bool = False
+    destination: int = 0
+    source: int = 0
+    sources: tuple[tuple[int, int], ...] = ()
+    destinations: tuple[int, ...] = ()
+    devices: tuple[str, ...] = ()
+
+    def same_as(self, other: "Tunnel") -> bool:
+        """Can both have the same number? It leads to one place; what comes in is one class's."""
+        if self.inward or other.inward:
+            return self.inward and other.inward and self._place == other._place
+        return (self.destination, self.source) == (other.destination, other.source)
+
+    @property
+    def _place(self) -> tuple[str, str]:
+        return self.policy, self.name
+
+
+# What the class bits tell a policy that runs in Python as a whole of connection tracking:
+# state and direction, by number, from 1. Without tracking it is the first.
+TRACKED: Final = (
+    ("invalid", ""), ("untracked", ""), ("new", "original"), ("established", "original"),
+    ("established", "reply"), ("related", "original"), ("related", "reply"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,7 +129,7 @@ class Counter:
     """A named counter of a policy.
 
     `kind` is "class", "uncounted" (a flow's packets that found no room), "unlearned"
-    (a learned set's), "sampled" or "recorded".
+    (a learned set's), "sampled", "recorded" or "unserved" (meant for Python).
     """
 
     name: str
@@ -70,7 +148,7 @@ class FlowSet:
     "young" (those not older than an age), "bucket" and "recent" (of a rate, and the
     flows that went over it within a second), "connections" and "busy" (of a flow's
     connections, and the flows with too many), "limit" (the buckets of a limit for each
-    flow) or "learned" (a learned set's elements, `flow` is the set's name).
+    flow), "serving" (whether the runtime is alive) or "learned" (a learned set's elements, `flow` is the set's name).
     `statement` is what new elements hold; `attribute` and `threshold` are those of
     meter, over and young.
     `timeout` is in milliseconds; None for none, and `timed` tells whether elements
@@ -121,6 +199,8 @@ class Table:
     values: list[ValueSet] = field(default_factory=list)
     sets: list[FlowSet] = field(default_factory=list)
     chains: list[Chain] = field(default_factory=list)
+    queues: list[Queue] = field(default_factory=list)
+    tunnels: list[Tunnel] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.title = self.title or self.policies[0]

@@ -18,7 +18,8 @@ _FURTHER: Final = 3  # places that are named beside the first
 
 def refuse_lacking(text: Text, machine: Capabilities, findings: Findings) -> None:
     """An error (E061) for each feature that the ruleset uses and the machine lacks."""
-    for feature, (first, *further) in uses(text, machine.lacking("policies")).items():
+    lacking = (*machine.lacking("policies"), *machine.lacking("queues"))
+    for feature, (first, *further) in uses(text, lacking).items():
         unasked = feature.name in machine.unasked
         notes: list[tuple[str, Span | None]] = [(f"what it costs: {feature.cost}", None)]
         notes += [("needed here, too", span) for span in further[:_FURTHER]]

@@ -103,7 +103,7 @@ def _order(ruleset: Ruleset) -> list[str]:
     hooks: dict[str, list[tuple[int, str]]] = {}
     for policy in ruleset.order:
         for chain in ruleset.table_of(policy).base_chains:
-            if chain.hook is not None and chain.policy == policy:
+            if chain.hook is not None and chain.policy == policy and not chain.role:
                 hooks.setdefault(chain.hook.name, []).append((chain.hook.priority, policy))
     return [
         f"at {hook}: "
@@ -185,6 +185,9 @@ def _chain(printer: _Printer, chain: Chain) -> None:
             shown = line
             printer.line(f"\t\t# {shown}: {_quoted(rule.span)}")
         printer.line(f"\t\t{rule_line(rule)}", rule.span)
+    if chain.role == "queue" and not chain.rules:
+        # What has no text: a target of xtables.
+        printer.line(f"\t\t# NFQUEUE {chain.number}, put in when this is loaded", chain.span)
     printer.line("\t}")
     printer.line()
 

@@ -7,8 +7,10 @@ from typing import Any
 import click
 
 from itmlang.ir import Condition
+from itmlang.nft.model import Queue
 from itmlang.nft.text import comment
 from itmlang.pipeline import Compiled
+from itmlang.place import Placement
 from itmlang.source import Span
 from itmlang.unparse import condition_text
 from runtime.cli.files import capabilities, compiled, file_argument, machine_option, write
@@ -25,8 +27,9 @@ from runtime.errors import UsageError
     "ir: the checked and simplified policy.",
 )  # fmt: skip
 @click.option(
-    "--against", type=click.Choice(["native", "xt"]), default="native",
-    help="The form of queue rules. Nothing is queued yet, so both give the same text.",
+    "--against", "queue", type=click.Choice(["native", "xt"]),
+    help="The form of rules to queues: nftables' own (native), or the older target NFQUEUE (xt), "
+    "which has no text: `apply` puts it in. Native if left out, or what the machine of --for has.",
 )  # fmt: skip
 @click.option("--placement", is_flag=True, help="List what runs where and why, instead.")
 @machine_option
@@ -34,7 +37,7 @@ def command(
     file: str | None,
     output: str | None,
     form: str,
-    against: str,
+    queue: str | None,
     placement: bool,
     machine: str | None,
 ) -> None:
@@ -42,9 +45,9 @@ def command(
 
     It is the very text that `itmc apply` loads. No root needed.
     """
-    result = compiled(file, capabilities(machine))
+    result = compiled(file, capabilities(machine), queue or "")
     if placement:
-        rows = [(p.policy, p.part, p.where, p.reason) for p in result.placements]
+        rows = [(p.policy, p.part, _where(p), p.reason) for p in result.placements]
         table(("policy", "part", "runs in", "because"), rows)
         return
     if form == "json":
@@ -59,6 +62,13 @@ def command(
         click.echo(text, nl=False)
         return
     write(Path(output), text)
+
+
+def _where(placement: Placement) -> str:
+    numbers = placement.queues
+    if not numbers:
+        return placement.where
+    return f"queue {numbers[0]}" + (f"-{numbers[-1]}" if len(numbers) > 1 else "")
 
 
 def _json(result: Compiled) -> dict[str, Any]:
@@ -94,10 +104,26 @@ def _json(result: Compiled) -> dict[str, Any]:
                     {k: v for k, v in asdict(s).items() if k != "span"} | {"line": s.span.line}
                     for s in table.sets
                 ],
+                "queues": [
+                    {
+                        "policy": q.policy,
+                        "first": q.first,
+                        "queues": q.many,
+                        "length": q.length,
+                        "buffer": q.buffer,
+                        "copy": q.copy,
+                        "fail": "open" if q.fails_open else "closed",
+                        "whole": q.whole,
+                        "calls": [target for target, _ in q.calls],
+                        "line": q.span.line,
+                    }
+                    for q in table.queues
+                ],
                 "chains": [
                     {
                         "name": chain.name,
                         "hook": chain.hook.name if chain.hook else None,
+                        "role": chain.role,
                         "priority": chain.hook.priority if chain.hook else None,
                         "rules": [
                             {
@@ -124,6 +150,7 @@ def _ir(result: Compiled) -> str:
         return f"  {name}" + ("" if condition is None else f" when {condition_text(condition)}")
 
     lines = []
+    queues = [queue for table in result.ruleset.tables for queue in table.queues]
     for simple in result.simplified:
         policy = simple.policy
         hooks = ", ".join(policy.hooks)
@@ -139,7 +166,17 @@ def _ir(result: Compiled) -> str:
         for name, steps in policy.process.items():
             lines += [f"  process {name}: " + "; ".join(_one_line(s.span) for s in steps)]
         lines += [f"  {_one_line(update.span)}" for update in policy.updates]
+        lines += [_queue_line(q) for q in queues if q.policy == policy.name]
     return "\n".join(lines) + "\n"
+
+
+def _queue_line(queue: Queue) -> str:
+    copy = "as handlers ask" if queue.copy is None else f"{queue.copy} bytes"
+    return (
+        f"  {'run python' if queue.whole else 'python'}: queues {queue.many} from {queue.first} "
+        f"length {queue.length} buffer {queue.buffer} bytes copy {copy} "
+        f"fail {'open' if queue.fails_open else 'closed'}"
+    )
 
 
 def _one_line(span: Span) -> str:

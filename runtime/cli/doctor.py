@@ -2,10 +2,12 @@
 
 import click
 
-from itmlang.capabilities import PARTS
+from itmlang.capabilities import FEATURES, PARTS
 from runtime.capabilities import Answer, Report, ask
 from runtime.cli.exits import MACHINE_REFUSED
 from runtime.cli.output import as_json, say, table
+
+_QUEUES = [feature for feature in FEATURES if feature.part == "queues"]
 
 
 @click.command()
@@ -22,7 +24,9 @@ def command(in_json: bool) -> None:
         as_json(_json(report))
     else:
         _show(report)
-    if report.capabilities.lacking("policies") or report.host.state_problem:
+    found = report.capabilities
+    without_queue = len(found.lacking("queues")) == len(_QUEUES)
+    if found.lacking("policies") or without_queue or report.host.state_problem:
         raise click.exceptions.Exit(MACHINE_REFUSED)
 
 

@@ -10,6 +10,7 @@ from itmlang.semantics import PATHS, Host, Visit
 from itmlang.trials import INTERFACES, built
 from runtime.cli.files import compiled
 from runtime.errors import UsageError
+from runtime.simulated import doer
 
 _MOST_BEFORE = 1_000_000
 
@@ -36,7 +37,8 @@ def command(file: str, packet: tuple[str, ...], after: int, path: str) -> None:
     A packet without `in` and `out` comes in at eth0 and leaves at eth1, as in tests.
     In a shell, `->` needs quotes: put them around the whole packet.
     """
-    policies = compiled(file).policies
+    result = compiled(file)
+    policies = result.policies
     text = " ".join(packet)
     findings = Findings()
     header = read_packet(text, findings)
@@ -45,7 +47,7 @@ def command(file: str, packet: tuple[str, ...], after: int, path: str) -> None:
 
         show(findings.diagnostics)
         raise UsageError("the packet is not understood", "see `itmc explain --help`")
-    host = Host(policies)
+    host = Host(policies, do=doer(policies, result.source.name))
     for _ in range(after):
         host.traverse(built(header, path, *INTERFACES), path, 0.0)
     gone = built(header, path, *INTERFACES)

@@ -95,6 +95,13 @@ def unit(name: str | None, known: State) -> Unit:
     from itmlang.pipeline import compile
 
     result = compile(source, recorder)
+    if any(table.tunnels for table in result.ruleset.tables):
+        from runtime.capabilities import without_tunnels  # 0.2 s that most policies need not
+
+        machine = without_tunnels(result.ruleset)
+        if machine is not None:
+            recorder = Recorder(reader())
+            result = compile(source, recorder, machine)
     gc.freeze()  # it stays as long as the process: no need to look through it
     show(result.warnings)
     made = unit_of(result, key, recorder.reads)
@@ -108,11 +115,13 @@ def file_key(name: str) -> str:
     return name if name == "-" else str(Path(name).resolve())
 
 
-def compiled(name: str | None, capabilities: Capabilities = EVERYTHING) -> "Compiled":
+def compiled(
+    name: str | None, capabilities: Capabilities = EVERYTHING, queue: str = ""
+) -> "Compiled":
     """A policy file through all passes; its warnings go to stderr."""
     from itmlang.pipeline import compile
 
-    result = compile(read(name), reader(), capabilities)
+    result = compile(read(name), reader(), capabilities, queue=queue)
     gc.freeze()  # it stays as long as the process: no need to look through it
     show(result.warnings)
     return result

@@ -1,4 +1,4 @@
-"""`itmc install-service`: policies come back at boot, before the network is up."""
+"""`itmc install-service`: policies come back at boot, and are served, before the network is up."""
 
 from pathlib import Path
 
@@ -25,8 +25,9 @@ def command(
 ) -> None:
     """Have systemd load the last confirmed policies at each boot, before the network is up.
 
-    Writes itm.service to /etc/systemd/system and enables it. Nothing is loaded
-    now, and stopping the unit unloads nothing.
+    Writes itm.service and itm-runtime.service to /etc/systemd/system and enables
+    them: the first loads policies, the second handles what they have in Python.
+    Nothing is loaded now, and stopping the units unloads nothing.
     """
     if removing and (only_print or program):
         raise UsageError("--remove goes with --root and --force only")
@@ -39,22 +40,25 @@ def command(
     for doubt in service.doubts(found, place):
         warn(f"warning: {doubt}")
     if only_print:
-        say("\n".join(service.texts(found).values()).rstrip("\n"))
+        shown = [
+            f"# {service.FOLDER / name}\n{text}" for name, text in service.texts(found).items()
+        ]
+        say("\n".join(shown).rstrip("\n"))
         return
     _report_installed(service.install(found, place, force=force), place)
 
 
 def _report_installed(done: service.Done, root: Path) -> None:
-    names = ", ".join(unit.name for unit in service.UNITS)
+    names = " ".join(unit.name for unit in service.UNITS)
     if not done.changed:
         say(f"{names}: installed and enabled already")
         return
     for path in done.changed:
         say(f"wrote {path}")
     if done.told:
-        say(f"{names}: loads policies at each boot; now, by `systemctl start {names}`")
+        say(f"policies are loaded at each boot; now, by `systemctl start {names}`")
     else:
-        say(f"{names}: enabled by a link, no systemd was told; loads policies at each boot")
+        say("enabled by links, no systemd was told; policies are loaded at each boot")
 
 
 def _report_removed(done: service.Done) -> None:

@@ -31,6 +31,7 @@ COMMANDS: Final = {
     "enable": "Switch policies on again.",
     "disable": "Switch policies off; what they learned stays.",
     "remove": "Take policies away; nothing stays behind.",
+    "serve": "Handle packets in Python, for the policies that are loaded.",
     "boot": "Load the last confirmed policies, as the service does at boot.",
     "install-service": "Load the last confirmed policies at each boot, by systemd.",
     "test": "Run the tests in policy files, also before a real kernel.",
@@ -99,3 +100,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = code or BROKEN_PIPE
     sys.exit(code)
+
+
+if __name__ == "__main__":  # as `apply` starts the runtime
+    main()

@@ -17,7 +17,7 @@ from runtime.store import load
 from runtime.units import Unit
 
 _MOST_SHOWN: Final = 12  # changes of one kind of a policy, without --rules
-_KINDS: Final = ("table", "chain", "set", "counter")  # and what others made
+_KINDS: Final = ("table", "chain", "set", "counter", "tunnel")  # and what others made
 _MOST_LINES: Final = 60  # of a diff
 _SIGNS: Final = {"create": "+", "delete": "-", "replace": "~", "migrate": ">", "keep": "="}
 _COLOURS: Final = {"+": "green", "-": "red", "~": "yellow", ">": "cyan"}

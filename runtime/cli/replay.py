@@ -18,6 +18,7 @@ from runtime.cli.files import compiled
 from runtime.cli.output import as_json, say, table, warn
 from runtime.errors import UsageError
 from runtime.pcap import Capture, CaptureError, CaptureWriter
+from runtime.simulated import doer
 
 # Packets between two looks at the progress.
 _STRIDE: Final = 4096
@@ -69,8 +70,9 @@ def command(
     """
     if write is not None and write == capture and write != "-":
         raise UsageError("the rewritten capture needs a file of its own")
-    policies = compiled(file).policies
-    host, tally = Host(policies), _Tally()
+    result = compiled(file)
+    policies = result.policies
+    host, tally = Host(policies, do=doer(policies, result.source.name)), _Tally()
     ends = (None if path == "out" else input_, None if path == "in" else output)
     try:
         with Capture(capture) as packets:

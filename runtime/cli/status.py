@@ -5,7 +5,7 @@ from dataclasses import asdict
 import click
 
 from runtime.cli.output import as_json, table
-from runtime.status import PolicyStatus, Waiting, pending, status
+from runtime.status import PolicyStatus, PythonStatus, Waiting, pending, status
 
 # Of a table's size, where a warning begins.
 _NEARLY_FULL = 0.9
@@ -79,6 +79,8 @@ def _show(policy: PolicyStatus) -> None:
         click.echo("  `itmc apply` puts it right")
     if policy.classes:
         table(("class", "packets", "bytes"), [(c.name, c.packets, c.bytes) for c in policy.classes])
+    if policy.python is not None:
+        _show_python(policy.python)
     if policy.noted:
         table(("log", "packets", "bytes"), [(n.name, n.packets, n.bytes) for n in policy.noted])
     if policy.flows:
@@ -96,6 +98,35 @@ def _show(policy: PolicyStatus) -> None:
     for one in policy.learned:
         _warn_of_full(f"the set `@{one.name}`", one.entries, one.size, one.unlearned)
     click.echo()
+
+
+def _show_python(python: PythonStatus) -> None:
+    """What is done in Python, and what went wrong there."""
+    queues = ", ".join(map(str, python.queues))
+    word = "queue" if len(python.queues) == 1 else "queues"
+    by = f"{python.workers} of {len(python.queues)} workers serve"
+    if python.program:
+        by = f"served by the program {python.program}"
+        by += f" (process {python.process})" if python.process else ", which is not there"
+    click.echo(
+        f"  in Python by {word} {queues}: {by}, "
+        f"{python.handled} packets handled, {python.waiting} wait"
+    )
+    if python.trouble:
+        click.echo(f"  not served: {python.trouble}")
+    became = "passed" if python.fails == "open" else "were dropped"
+    for number, what in (
+        (python.unserved, f"{became} unserved (fail {python.fails})"),
+        (python.dropped, "were dropped because a queue was full"),
+        (python.failed, "made a handler fail"),
+        (python.hung, "took a handler too long"),
+        (python.refused, "did not go through their tunnel"),
+        (python.cut, "were too long to be handled"),
+    ):
+        if number:
+            click.echo(f"  {number} packets {what}")
+    if python.log:
+        click.echo(f"  its log ends: {python.log[-1]}")
 
 
 def _warn_of_full(what: str, entries: int, size: int, lost: int) -> None:

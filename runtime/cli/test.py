@@ -12,6 +12,7 @@ from runtime.cli.exits import POLICY_WRONG
 from runtime.cli.files import compiled
 from runtime.cli.output import say, show
 from runtime.errors import MachineError
+from runtime.simulated import doer
 
 # (failures, why it was not run)
 _Result = tuple[tuple[Failure, ...], str]
@@ -57,7 +58,7 @@ def command(files: tuple[str, ...], kernel: bool, path: str, verbose: bool) -> N
 
 
 def _in_python(result: Compiled, trial: Trial, path: str) -> _Result:
-    return tuple(run(trial, path)), ""
+    return tuple(run(trial, path, doer(trial.policies, result.source.name))), ""
 
 
 def _in_kernel(result: Compiled, trial: Trial, path: str) -> _Result:

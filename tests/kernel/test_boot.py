@@ -180,7 +180,7 @@ def test_a_running_systemd_knows_what_is_installed_and_removed(tmp_path):
         tmp_path,
         f"""
         cd /etc/systemd/system
-        rm -r itm.service*
+        rm -r itm*.service*
         {ITMC} install-service 2>/dev/null
         ls -d *.wants
         systemctl is-enabled itm
@@ -199,7 +199,9 @@ def test_a_running_systemd_knows_what_is_installed_and_removed(tmp_path):
     assert said == [
         f"wrote {unit}",
         f"wrote {link}",
-        "itm.service: loads policies at each boot; now, by `systemctl start itm.service`",
+        f"wrote {unit.replace('itm.', 'itm-runtime.')}",
+        f"wrote {link.replace('itm.', 'itm-runtime.')}",
+        "policies are loaded at each boot; now, by `systemctl start itm.service itm-runtime.service`",
         "sysinit.target.wants",
         "enabled",
         "itm.service",
@@ -207,6 +209,8 @@ def test_a_running_systemd_knows_what_is_installed_and_removed(tmp_path):
         "enabled",
         f"removed {link}",
         f"removed {unit}",
+        f"removed {link.replace('itm.', 'itm-runtime.')}",
+        f"removed {unit.replace('itm.', 'itm-runtime.')}",
         "policies that are loaded stay",
         "Failed to get unit file state for itm.service: No such file or directory",
         "LoadState=not-found",
@@ -240,3 +244,72 @@ def test_the_policies_that_were_confirmed_are_there_after_a_reboot(tmp_path):
     assert said[-2] == "removed web"
     # Removed for later boots, too.
     assert "nothing" in said[-1]
+
+
+SERVED = """\
+policy p {
+    at output
+    fail closed
+    interest { protocol udp  dport 5000 }
+    classify { all }
+    process { all { call "hand:handle" } }
+}
+"""
+HAND = """\
+def handle(packet):
+    packet.payload = packet.payload.upper()
+"""
+# Says what arrives of a datagram, "dropped" if the sender is told so.
+SAY = """\
+import socket
+taker = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+taker.bind(("127.0.0.1", 5000))
+taker.settimeout(5)
+try:
+    socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"said", ("127.0.0.1", 5000))
+    print(taker.recv(100).decode())
+except PermissionError:
+    print("dropped")
+"""
+
+
+def test_handlers_are_there_before_the_network_and_whenever_they_can_be(tmp_path):
+    """The second unit: it waits for its handlers, comes back when killed, takes over, gives up."""
+    said = story(
+        tmp_path,
+        f"""
+        ip link set lo up
+        say() {{ echo "$1: $({systemd.PYTHON} /mnt/say.py)"; }}
+        {ITMC} apply /mnt/p.itm
+        say applied
+        # The one that `apply` started gives way to the service.
+        systemctl start itm-runtime
+        say served
+        systemctl stop itm-runtime
+        say stopped
+        nft flush ruleset
+        rm -r /run/itm
+        systemctl start network.service itm.service itm-runtime.service
+        say booted
+        {ITMC} status p | grep -c '1 of 1 workers serve'
+        kill -9 $(systemctl show --property MainPID --value itm-runtime)
+        say killed
+        for attempt in $(seq 100); do ! say again | grep SAID || break; sleep 0.1; done
+        grep Cap /proc/$(systemctl show --property MainPID --value itm-runtime)/status | grep Eff
+        # Handlers that cannot be loaded keep no machine from booting.
+        echo 'raise RuntimeError' >/mnt/hand.py
+        systemctl restart itm-runtime
+        say broken
+        {ITMC} remove --all
+        systemctl stop itm-runtime
+        """,
+        **{"p.itm": SERVED, "hand.py": HAND, "say.py": SAY},
+    )
+    told = [line for line in said if ":" in line and line.partition(":")[0].isalpha()]
+    assert [line for line in told if line.split(":")[0] != "CapEff"] == [
+        "applied: SAID", "served: SAID", "stopped: dropped", "booted: SAID", "killed: dropped",
+        "again: SAID", "broken: dropped",
+    ]  # fmt: skip
+    assert f"CapEff:\t{1 << 12 | 1 << 13:016x}" in said
+    assert "1" in said
+    assert said.index("network") < said.index("booted: SAID")

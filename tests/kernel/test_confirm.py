@@ -18,7 +18,17 @@ from runtime import status as runtime_status
 from runtime.errors import MachineError
 from tests.kernel.test_apply import MARK, counts, last_dscp, policy, send
 from tests.support import commands
-from tests.support.commands import alive, one_message, pending, processes, rules, run, until
+from tests.support.commands import (
+    PATIENCE,
+    alive,
+    lasting,
+    one_message,
+    pending,
+    processes,
+    rules,
+    run,
+    until,
+)
 
 FINE = """
 policy watch {
@@ -62,17 +72,17 @@ def test_it_returns_at_once_and_goes_back_with_what_was_learned(file):
         {"few": 6, "many": 1},
     )
     file.write_text(COARSE)
-    done = run("apply", "--confirm", "2s", str(file))
+    done = run("apply", "--confirm", lasting(2), str(file))
     assert done.returncode == 0
     assert done.stderr == (
         "itmc: watch: class_few goes, with what it learned: there is no class few any more\n"
     )
-    assert "`itmc confirm` within 2s keeps it, else it is rolled back" in done.stdout
+    assert f"`itmc confirm` within {lasting(2)} keeps it, else it is rolled back" in done.stdout
     left = float(pending()["until"]) - time.clock_gettime(time.CLOCK_BOOTTIME)
-    assert 0 < left < 2
+    assert 0 < left < 2 * PATIENCE
     assert runtime_status.flow_counts("watch") == {"conn": {("127.0.0.1",): (7, 203)}}
     took = until(lambda: rules() == before[2])
-    assert left - 0.3 < took < left + 3
+    assert left - 0.3 < took < left + 3 * PATIENCE
     until(lambda: not pending())
     assert (runtime_status.flow_counts("watch"), counts("watch")) == before[:2]
     assert [(s.state, s.drift) for s in runtime_status.loaded()] == [("on", False)]
@@ -82,19 +92,19 @@ def test_it_returns_at_once_and_goes_back_with_what_was_learned(file):
 
 
 def test_confirm_in_time_keeps_it(applied):
-    run("apply", "--confirm", "2s", str(applied))
+    run("apply", "--confirm", lasting(2), str(applied))
     watching = pending()["warden"]
     done = run("confirm")
     assert (done.returncode, done.stdout) == (0, "confirmed: generation 2 stays\n")
     until(lambda: not alive(watching), 1)
-    time.sleep(2)
+    time.sleep(2 * PATIENCE)
     assert last_dscp() == 16
     again = run("confirm")
     assert (again.returncode, one_message(again)) == (2, "itmc: nothing waits to be confirmed")
 
 
 def test_confirm_that_comes_too_late_says_so(applied):
-    run("apply", "--confirm", "200ms", str(applied))
+    run("apply", "--confirm", lasting(0.2), str(applied))
     until(lambda: last_dscp() == 4)
     until(lambda: not pending())
     done = run("confirm")
@@ -105,9 +115,9 @@ def test_confirm_that_comes_too_late_says_so(applied):
 
 
 def test_confirm_after_the_deadline_but_before_anybody_went_back(applied):
-    run("apply", "--confirm", "500ms", str(applied))
+    run("apply", "--confirm", lasting(0.5), str(applied))
     os.kill(pending()["warden"], signal.SIGKILL)
-    time.sleep(0.6)
+    time.sleep(0.6 * PATIENCE)
     assert last_dscp() == 16
     done = run("confirm")
     assert (done.returncode, one_message(done)) == (5, "itmc: too late: it was rolled back")
@@ -121,13 +131,13 @@ def test_nothing_was_ever_to_be_confirmed(file):
 @pytest.mark.parametrize(("confirms", "code"), [(True, 0), (False, 5)])
 def test_wait_tells_how_it_ended(applied, confirms, code):
     waiting = subprocess.Popen(
-        [*commands.command(), "apply", "--confirm", "3s", "--wait", str(applied)],
+        [*commands.command(), "apply", "--confirm", lasting(3), "--wait", str(applied)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     until(lambda: pending() and last_dscp() == 16)
     if confirms:
         run("confirm")
-    said, told = waiting.communicate(timeout=30)
+    said, told = waiting.communicate(timeout=30 * PATIENCE)
     assert waiting.returncode == code
     assert last_dscp() == (16 if confirms else 4)
     assert ("confirmed" in said, "rolled back" in told) == (confirms, not confirms)
@@ -135,12 +145,12 @@ def test_wait_tells_how_it_ended(applied, confirms, code):
 
 def test_wait_is_answered_by_rollback_too(applied):
     waiting = subprocess.Popen(
-        [*commands.command(), "apply", "--confirm", "60s", "--wait", str(applied)],
+        [*commands.command(), "apply", "--confirm", lasting(60), "--wait", str(applied)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     until(lambda: pending() and last_dscp() == 16)
     assert run("rollback").returncode == 0
-    waiting.communicate(timeout=10)
+    waiting.communicate(timeout=10 * PATIENCE)
     assert (waiting.returncode, last_dscp()) == (5, 4)
 
 
@@ -163,7 +173,7 @@ def test_it_goes_back_when_the_applying_process_is_killed(file, first, step):
         f"own, real = os.getpid(), {where}.{name}\n"
         f"{where}.{name} = lambda *a, **k: os.kill(own, 9) if os.getpid() == own else real(*a, **k)"
     )
-    done = run("apply", "--confirm", "1s", str(file), before=kill)
+    done = run("apply", "--confirm", lasting(1), str(file), before=kill)
     assert done.returncode == -signal.SIGKILL
     watching = pending()["warden"]
     assert (rules() == before) is (step == "_load")
@@ -178,7 +188,7 @@ def test_it_goes_back_when_the_applying_process_is_killed(file, first, step):
 def test_it_goes_back_when_its_session_is_ended(applied, name):
     one = getattr(signal, name)
     shell = subprocess.Popen(
-        ["sh", "-c", '"$@"; sleep 60', "sh", *commands.command(), "apply", "--confirm", "2s",
+        ["sh", "-c", '"$@"; sleep 60', "sh", *commands.command(), "apply", "--confirm", lasting(2),
          str(applied)],
         start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
@@ -187,7 +197,7 @@ def test_it_goes_back_when_its_session_is_ended(applied, name):
     os.killpg(shell.pid, one)
     os.kill(watching, one)
     if one != signal.SIGPIPE:
-        time.sleep(0.1)
+        time.sleep(0.1 * PATIENCE)
     os.killpg(shell.pid, signal.SIGKILL)
     shell.wait()
     assert os.getsid(watching) not in (os.getsid(0), shell.pid)
@@ -198,7 +208,7 @@ def test_it_goes_back_when_its_session_is_ended(applied, name):
 def test_it_goes_back_when_its_terminal_goes_away(applied):
     mine, terminal = os.openpty()
     shell = subprocess.Popen(
-        ["sh", "-c", '"$@"; sleep 60', "sh", *commands.command(), "apply", "--confirm", "2s",
+        ["sh", "-c", '"$@"; sleep 60', "sh", *commands.command(), "apply", "--confirm", lasting(2),
          str(applied)],
         stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
@@ -207,7 +217,7 @@ def test_it_goes_back_when_its_terminal_goes_away(applied):
     until(lambda: pending().get("warden") and last_dscp() == 16)
     watching = pending()["warden"]
     os.close(mine)
-    assert shell.wait(10) == -signal.SIGHUP
+    assert shell.wait(10 * PATIENCE) == -signal.SIGHUP
     assert alive(watching)
     until(lambda: last_dscp() == 4)
 
@@ -215,7 +225,9 @@ def test_it_goes_back_when_its_terminal_goes_away(applied):
 @pytest.mark.parametrize("streams", [">&- 2>&-", "<&- >&- 2>&-", "| true", "2>&1 | true"])
 def test_it_goes_back_when_nobody_reads_what_it_says(applied, streams):
     shell = ["bash", "-c", f'"$@" {streams}', "sh"]
-    subprocess.run([*shell, *commands.command(), "apply", "--confirm", "1s", applied], check=False)
+    subprocess.run(
+        [*shell, *commands.command(), "apply", "--confirm", lasting(1), applied], check=False
+    )
     assert (last_dscp(), pending()["generation"]) == (16, 2)
     until(lambda: last_dscp() == 4)
 
@@ -229,7 +241,7 @@ def test_it_needs_neither_the_file_nor_the_folder_it_was_started_in(host, tmp_pa
     Path("m.itm").write_text(OLD)
     run("apply", "m.itm")
     Path("m.itm").write_text(NEW)
-    run("apply", "--confirm", "1s")
+    run("apply", "--confirm", lasting(1))
     watching = pending()["warden"]
     assert os.readlink(f"/proc/{watching}/cwd") == "/"
     Path("m.itm").unlink()
@@ -243,7 +255,7 @@ def test_it_needs_neither_the_file_nor_the_folder_it_was_started_in(host, tmp_pa
 def test_the_first_apply_of_all_goes_back_to_nothing(file):
     nft.load("table inet theirs {\n}\n")
     file.write_text(NEW)
-    run("apply", "--confirm", "500ms", str(file))
+    run("apply", "--confirm", lasting(0.5), str(file))
     assert nft.tables() == ("inet itm_m", "inet theirs")
     until(lambda: not pending())
     assert nft.tables() == ("inet theirs",)
@@ -260,20 +272,20 @@ def test_what_was_added_taken_away_and_switched_goes_back(file):
     before, states = rules(), {s.name: s.state for s in runtime_status.loaded()}
     assert states == {"a": "off", "b": "on"}
     file.write_text(both.replace("policy b", "policy c"))
-    run("apply", "--confirm", "500ms", str(file))
+    run("apply", "--confirm", lasting(0.5), str(file))
     assert {s.name: s.state for s in runtime_status.loaded()} == {"a": "off", "c": "on"}
     until(lambda: not pending())
     assert (rules(), {s.name: s.state for s in runtime_status.loaded()}) == (before, states)
 
 
 def test_while_it_waits_nothing_else_changes_anything(applied):
-    run("apply", "--confirm", "60s", str(applied))
+    run("apply", "--confirm", lasting(60), str(applied))
     watching = pending()["warden"]
     other = applied.with_name("other.itm")
     other.write_text(OLD.replace("policy m", "policy n"))
     before = rules()
     for words in (
-        ("apply", str(applied)), ("apply", str(other)), ("apply", "--confirm", "5s", str(other)),
+        ("apply", str(applied)), ("apply", str(other)), ("apply", "--confirm", lasting(5), str(other)),
         ("remove", "m"), ("remove", "--all"),
         ("set", "m.x", "3"), ("enable", "m"), ("disable", "m"),
     ):  # fmt: skip
@@ -294,20 +306,20 @@ def test_while_it_waits_nothing_else_changes_anything(applied):
 
 def test_status_and_list_say_what_waits(applied):
     assert json.loads(run("status", "--json").stdout)["pending"] is None
-    run("apply", "--confirm", "60s", str(applied))
+    run("apply", "--confirm", lasting(60), str(applied))
     for words in (["status"], ["list"]):
         told = run(*words).stdout.splitlines()[0]
         assert told.startswith("generation 2 waits for `itmc confirm`: ")
         assert told.endswith(" s left, then back to generation 1")
         found = json.loads(run(*words, "--json").stdout)["pending"]
-        assert 50 < found.pop("seconds") < 60
+        assert 50 < found.pop("seconds") / PATIENCE < 60
         assert found == {"generation": 2, "back": 1, "overdue": False}
 
 
 def test_a_dead_warden_is_made_up_for_by_the_next_change(applied):
-    run("apply", "--confirm", "500ms", str(applied))
+    run("apply", "--confirm", lasting(0.5), str(applied))
     os.kill(pending()["warden"], signal.SIGKILL)
-    time.sleep(0.6)
+    time.sleep(0.6 * PATIENCE)
     for words in (["status"], ["list"]):
         assert run(*words).stdout.splitlines()[0] == (
             "generation 2 was not confirmed in time: `itmc rollback`, or the next change, goes "
@@ -329,7 +341,7 @@ def test_a_dead_warden_is_made_up_for_by_the_next_change(applied):
 
 def test_an_empty_plan_has_nothing_to_confirm(applied):
     applied.write_text(OLD)
-    done = run("apply", "--confirm", "60s", "--wait", str(applied))
+    done = run("apply", "--confirm", lasting(60), "--wait", str(applied))
     assert done.returncode == 0
     assert done.stdout.endswith("nothing changed: there is nothing to confirm\n")
     assert (pending(), processes()) == ({}, {})
@@ -338,7 +350,7 @@ def test_an_empty_plan_has_nothing_to_confirm(applied):
 def test_a_refusal_leaves_nothing_waiting(applied):
     refuse = "import runtime.plan\nruntime.plan.Script.text = property(lambda self: 'nonsense\\n')"
     before = rules()
-    done = run("apply", "--confirm", "60s", str(applied), before=refuse)
+    done = run("apply", "--confirm", lasting(60), str(applied), before=refuse)
     assert (done.returncode, rules(), pending()) == (3, before, {})
     until(lambda: not processes(), 1)
     assert run("rollback", "--list").stdout.count("apply") == 1
@@ -355,7 +367,7 @@ def test_ctrl_c_in_the_middle_leaves_the_way_back_armed(applied):
         "nft.load = slow"
     )
     done = subprocess.run(
-        [*commands.command(interrupt), "apply", "--confirm", "1s", str(applied)],
+        [*commands.command(interrupt), "apply", "--confirm", lasting(1), str(applied)],
         start_new_session=True, check=False,
     )  # fmt: skip
     assert done.returncode == 130
@@ -365,7 +377,7 @@ def test_ctrl_c_in_the_middle_leaves_the_way_back_armed(applied):
 
 
 def test_nothing_is_left_and_nobody_is_kept_waiting(applied):
-    run("apply", "--confirm", "2s", str(applied))
+    run("apply", "--confirm", lasting(2), str(applied))
     watching = pending()["warden"]
     assert set(processes()) == {watching}
     assert processes()[watching] in "SDR"
@@ -374,11 +386,11 @@ def test_nothing_is_left_and_nobody_is_kept_waiting(applied):
     assert links == {"/dev/null"}
     begun = time.monotonic()
     with store.locked():
-        assert time.monotonic() - begun < 0.5
+        assert time.monotonic() - begun < 0.5 * PATIENCE
     assert run("status").returncode == 0
     assert run("apply", str(applied)).returncode == 3
-    until(lambda: not processes())
-    assert (not alive(watching), last_dscp()) == (True, 4)
+    until(lambda: not processes() and not alive(watching))
+    assert last_dscp() == 4
     assert {one.name for one in store.directory().iterdir()} == {
         "lock", "state.json", "rolled-back.json",
         *(f"generation-{n}.json.gz" for n in (1, 2)),
@@ -386,33 +398,34 @@ def test_nothing_is_left_and_nobody_is_kept_waiting(applied):
 
 
 def test_called_as_a_library_it_leaves_no_zombie(host):
+    others = commands.zombies()  # of tests that failed
     runtime_apply.apply(policy(OLD))
     for _ in range(3):
-        runtime_apply.apply(policy(NEW), confirm=0.2)
+        runtime_apply.apply(policy(NEW), confirm=0.2 * PATIENCE)
         until(lambda: not pending())
         until(lambda: not processes())
-    assert (commands.zombies(), last_dscp()) == ([], 4)
+    assert (commands.zombies(), last_dscp()) == (others, 4)
 
 
 def test_waiting_costs_nothing(applied):
-    run("apply", "--confirm", "3s", str(applied))
+    run("apply", "--confirm", lasting(3), str(applied))
     watching = pending()["warden"]
-    time.sleep(2)
+    time.sleep(2 * PATIENCE)
     spent = Path(f"/proc/{watching}/stat").read_text().rpartition(")")[2].split()[11:13]
-    assert sum(map(int, spent)) <= 10  # hundredths of a second
+    assert sum(map(int, spent)) <= 10 * PATIENCE  # hundredths of a second
 
 
 @pytest.mark.parametrize("jump", [-(10**9), 10**9])
 def test_the_wall_clock_does_not_matter(applied, jump):
     """It jumps between all calls, in the warden, too."""
     clock = f"import time, itertools\nreal, calls = time.time, itertools.count()\ntime.time = lambda: real() + next(calls) * {jump}"  # fmt: skip
-    run("apply", "--confirm", "2s", str(applied), before=clock)
+    run("apply", "--confirm", lasting(2), str(applied), before=clock)
     assert run("status", before=clock).stdout.startswith("generation 2 waits for")
-    time.sleep(0.5)
+    time.sleep(0.5 * PATIENCE)
     assert last_dscp() == 16
     took = until(lambda: last_dscp() == 4)
-    assert took < 3
-    run("apply", "--confirm", "60s", str(applied), before=clock)
+    assert took < 3 * PATIENCE
+    run("apply", "--confirm", lasting(60), str(applied), before=clock)
     assert run("confirm", before=clock).returncode == 0
     assert last_dscp() == 16
 
@@ -429,7 +442,7 @@ def test_only_the_clock_that_nobody_sets_decides():
 
 
 def test_another_boot_is_overdue(applied):
-    run("apply", "--confirm", "60s", str(applied))
+    run("apply", "--confirm", lasting(60), str(applied))
     os.kill(pending()["warden"], signal.SIGKILL)
     path = store.directory() / "pending.json"
     path.write_text(json.dumps({**pending(), "boot": "another"}))

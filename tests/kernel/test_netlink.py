@@ -1,10 +1,11 @@
 """What the kernel tells by netlink, against what libnftables was told."""
 
+import socket
 from collections.abc import Iterator
 
 import pytest
 
-from runtime import nft
+from runtime import netlink, nft
 from runtime.traffic import Namespace, TrafficError
 from tests.support.needs import unavailable
 
@@ -48,3 +49,19 @@ def test_tables_of_others_are_not_fetched(host: Namespace, monkeypatch: pytest.M
     monkeypatch.setattr(nft, "_in_child", lambda *_: pytest.fail("libnftables was asked"))
     assert nft.tables() == ()
     assert nft.counters("inet none") == {}
+
+
+def test_bits_of_connections_marks_are_cleared_and_others_stay(host: Namespace) -> None:
+    nft.load(
+        "table inet t { chain c { type filter hook output priority 0; "
+        "udp dport 9 ct mark set 0xab000001; udp dport 10 ct mark set 0x0b000002; }; }\n"
+    )
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        for port in (9, 10):
+            sender.sendto(b"", ("127.0.0.1", port))
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sender:
+        sender.sendto(b"", ("::1", 9))
+    assert netlink.clear_marks(0xF000_0000) == 2
+    assert netlink.clear_marks(0xF000_0000) == 0
+    assert netlink.clear_marks(0x0000_0001) == 2, "the lower bits had stayed"
+    assert netlink.clear_marks(0x0B00_0000) == 3

@@ -18,6 +18,7 @@ from runtime import status as runtime_status
 from runtime.traffic import Namespace
 from tests.kernel.test_apply import MARK, last_dscp, send
 from tests.kernel.test_generations import WATCH
+from tests.kernel.test_libitm import program
 from tests.support import commands
 from tests.support.commands import one_message, pending, rules, run, until
 
@@ -210,7 +211,7 @@ def test_a_namespace_without_a_name_keeps_nothing(tmp_path, monkeypatch):
     lambda raw: raw[:60] + bytes([raw[60] ^ 1]) + raw[61:],
     lambda raw: b"no gzip",
     lambda raw: gzip.compress(b"[]"),
-    lambda raw: gzip.compress(b'{"schema": 3}'),
+    lambda raw: gzip.compress(b'{"schema": 4}'),
 ])  # fmt: skip
 def test_a_damaged_file_is_a_clear_error(box, damage):
     mark(4)
@@ -248,3 +249,14 @@ def test_what_the_kernel_refuses_at_boot_is_told_and_nothing_is_loaded(box):
     assert "nftables refused the ruleset; nothing was changed" in done.stderr
     assert run("boot").returncode == 0
     assert last_dscp() == 4
+
+
+def test_programs_are_not_loaded_again(box, tmp_path):
+    """Whoever served their packets is gone; what else was confirmed comes back."""
+    mark(4)
+    with program(tmp_path):
+        run("apply", "m.itm")
+        assert [s.name for s in runtime_status.loaded()] == ["program_output", "m"]
+    reboot()
+    assert run("boot").returncode == 0
+    assert [s.name for s in runtime_status.loaded()] == ["m"]

@@ -5,6 +5,7 @@
     policy … { … }
     --- nftables [NAME …]       the golden text of these chains and sets
     --- file NAME               a file that the policy includes or reads; before `nftables`
+    --- python NAME             a module with handlers; before `nftables`
     --- packets [PATH]          forward if not given
     send 3 tcp 10.0.1.1:1000 -> 10.0.2.1:80 expect class short tos 0x10
     wait 1200ms
@@ -13,21 +14,27 @@
 `as SHAPE` makes of the packet what its text cannot say (see `frames`).
 """
 
+import builtins
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import FunctionType
 
 from itmlang import syntax, values
+from itmlang.actions import Action
 from itmlang.diagnostics import CompileError, Findings, render
 from itmlang.evaluate import Scope, single, value_set
+from itmlang.headers import Packet as Headers
+from itmlang.marks import KEPT
 from itmlang.packet import Packet
 from itmlang.packets import header
 from itmlang.parser import parse_send
 from itmlang.pipeline import Compiled, compile
-from itmlang.semantics import PATHS, Visit
+from itmlang.semantics import PATHS, Did, Host, Visit
 from itmlang.source import Source, UnreadableError
+from runtime.handlers import Class, Handler, Verdict
 from tests.support.frames import shaped
 
 CASES = Path(__file__).parents[1] / "cases"
@@ -65,6 +72,43 @@ class Case:
     golden: str
     sends: tuple[Send, ...]
     files: Mapping[str, Source]
+    modules: Mapping[str, str]
+
+    def handlers(self) -> Mapping[str, Handler]:
+        """The functions of the case's modules, by their names in the policy; loaded anew."""
+        found = {}
+        for module, text in self.modules.items():
+            names: dict[str, object] = {}
+            exec(builtins.compile(text, f"{self.name}:{module}", "exec"), names)
+            found |= {
+                f"{module}:{name}": Handler(f"{module}:{name}", one)
+                for name, one in names.items()
+                if isinstance(one, FunctionType)
+            }
+        return found
+
+    def host(self) -> Host:
+        """The policies by the semantics."""
+        handlers = self.handlers()
+
+        def do(action: Action, packet: Packet, now: float) -> Did:
+            kept = packet.mark & KEPT
+            shown = Headers(bytes(packet.data), mark=packet.mark ^ kept, input=packet.input,
+                            output=packet.output)  # fmt: skip
+            said = handlers[action.handler].function(shown)
+            packet.mark = kept | shown.mark
+            if shown.altered and not action.once:
+                packet.replace(shown.data)
+            if isinstance(said, Class):
+                return Did("", said.name)
+            return Did("drop") if said is Verdict.DROP else Did()
+
+        return Host(self.compiled().policies, do=do)
+
+    @property
+    def queued(self) -> bool:
+        """Does a part of the policies run in Python?"""
+        return any(table.queues for table in self.compiled().ruleset.tables)
 
     @property
     def name(self) -> str:
@@ -106,6 +150,7 @@ def read(path: Path) -> Case:
     blocks: tuple[str, ...] = ()
     sends: list[Send] = []
     files: dict[str, Source] = {}
+    modules: dict[str, str] = {}
     for index, mark in enumerate(marks):
         end = marks[index + 1].start() if index + 1 < len(marks) else len(text)
         content, argument = text[mark.end() + 1 : end], mark.group(2).strip()
@@ -119,9 +164,11 @@ def read(path: Path) -> Case:
                 sends += _sends(path, line, argument or "forward", content)
             case "file":
                 files[argument] = Source(argument, content)
+            case "python":
+                modules[argument] = content
             case other:
                 raise ValueError(f"{path}: no section is called {other}")
-    return Case(path, claim[2:], policy, blocks, golden, tuple(sends), files)
+    return Case(path, claim[2:], policy, blocks, golden, tuple(sends), files, modules)
 
 
 def _sends(path: Path, first: int, route: str, content: str) -> list[Send]:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from runtime import store
 
+# How many times longer than usual the tests wait: where the machine is emulated.
+PATIENCE = float(os.environ.get("ITM_PATIENCE", "1"))
 ROOT = Path(__file__).parents[2]
 _MAIN = "from runtime.cli.main import main; main()"
 
@@ -27,7 +29,7 @@ def run(
     """`itmc` with these arguments, started `by` another command; it never ends in a traceback."""
     done = subprocess.run(
         [*by, *command(before), *arguments],
-        input=text, capture_output=True, text=True, timeout=60, check=False,
+        input=text, capture_output=True, text=True, timeout=60 * PATIENCE, check=False,
     )  # fmt: skip
     assert "Traceback" not in done.stderr
     assert "internal error" not in done.stderr
@@ -58,11 +60,17 @@ def rules() -> str:
     return "\n".join(sorted(found))
 
 
+def lasting(seconds: float) -> str:
+    """A time for `itmc`, in which this machine gets as far as most do in these seconds."""
+    milliseconds = round(seconds * 1000 * PATIENCE)
+    return f"{milliseconds}ms" if milliseconds % 1000 else f"{milliseconds // 1000}s"
+
+
 def until(holds: Callable[[], object], limit: float = 15.0) -> float:
     """Wait until something holds; how long it took."""
     begun = time.monotonic()
     while not holds():
-        assert time.monotonic() - begun < limit, "it never came"
+        assert time.monotonic() - begun < limit * PATIENCE, "it never came"
         time.sleep(0.02)
     return time.monotonic() - begun
 
