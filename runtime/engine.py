@@ -13,7 +13,7 @@ have functions of their own, because packets pass here.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Final, Protocol
 
@@ -125,6 +125,20 @@ class _Rate:
         return True
 
 
+def _ends(policy: ir.Policy) -> dict[str, Encapsulate]:
+    """The classes whose last action, and the only one of Python's, leads into a tunnel."""
+    found = {}
+    for name, steps in policy.process.items():
+        last = steps[-1] if steps else None
+        if (
+            isinstance(last, ir.Step)
+            and isinstance(last.action, Encapsulate)
+            and ir.python_part(steps) == len(steps) - 1
+        ):
+            found[name] = last.action
+    return found
+
+
 class Engine:
     """One queue's worth of a policy.
 
@@ -152,7 +166,14 @@ class Engine:
         self._hook = ""  # where the packet at hand was taken from
         self._tunnels: dict[Encapsulate, tuple[Tunnel, int]] = {}
         self._renew = 0.0
-        self.state = State(policy, {}, Random(0), self._do)
+        # Of a whole policy, tunnels that end a class come behind all that it learns: they
+        # need no packet taken apart, and are done by themselves.
+        self._entering = _ends(policy) if queue.whole else {}
+        process = {
+            name: steps[:-1] if name in self._entering else steps
+            for name, steps in policy.process.items()
+        }
+        self.state = State(replace(policy, process=process), {}, Random(0), self._do)
         self._decisions = {
             name: number << marks.CLASS_SHIFT
             for number, name in enumerate(queue.decisions, len(queue.entries) + 1)
@@ -191,6 +212,17 @@ class Engine:
         handler = self._handlers[step.action.handler]
         return step.action.once or (
             len(steps) == 1 and (handler.reads or self.queue.copy is not None)
+        )
+
+    @property
+    def tunnels(self) -> bool:
+        """Is all that it changes of packets' bytes the way into tunnels and out of them?"""
+        process, queue = self.policy.process, self.queue
+        parts = process.values() if queue.whole else (process[n][b:] for n, b in queue.entries)
+        return all(
+            isinstance(step.action, Encapsulate | Decapsulate)
+            for part in parts
+            for step in ir.every_step(part)
         )
 
     @property
@@ -261,8 +293,15 @@ class Engine:
             names = FIELDS["ct.direction"].type.names
             packet.ct_direction = names[direction] if direction else None
         self._hook = HOOKS[hook]
-        verdict = self.state.step(packet, self._now).verdict
-        return self._answer(packet, payload, verdict, mark)
+        outcome = self.state.step(packet, self._now)
+        entering = self._entering.get(outcome.name or "")
+        if entering is None or outcome.verdict != "accept":
+            return self._answer(packet, payload, outcome.verdict, mark)
+        made = self._encapsulate(entering, bytes(packet.data), hook)
+        if made is None:
+            self.counts.dropped += 1
+            return DROP, None, mark & _MINE
+        return ACCEPT, made, mark & _TUNNELS | packet.mark & _OURS
 
     def _part(self, name: str, begin: int) -> Part:
         """What does the rest of a class to a packet."""

@@ -56,7 +56,11 @@ class Server:
         self._raw: socket.socket | None = None
 
     def _open(self, number: int) -> Reader:
-        """The queue, by the reader that fits: bytes are rewritten by the library's."""
+        """The queue, by the reader that fits.
+
+        Bytes that handlers rewrite go by the library's. What only reads, and tunnels, whose
+        bytes are our own, go by the one that takes many packets at a time.
+        """
         queue, engine = self._queue, self.engine
         settings = Settings(
             number, queue.length, queue.buffer, engine.copy, segments=not engine.reads
@@ -71,7 +75,7 @@ class Server:
             except BaseException:  # broken off a moment too late: nothing may get out of here
                 return unseen(mark)
 
-        if engine.reads:
+        if engine.reads or engine.tunnels:
             return RawReader(settings, serve, unseen)
         from runtime.queue import LibraryReader
 

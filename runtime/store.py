@@ -113,7 +113,11 @@ def locked(known: State | None = None) -> Iterator["Store"]:
     Raises `MachineError` if the folder cannot be used or the state is damaged.
     """
     folder = directory()
-    lock = _lock(folder)
+    try:
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise _unusable(folder, error) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield Store(folder, known)
@@ -123,9 +127,13 @@ def locked(known: State | None = None) -> Iterator["Store"]:
 
 @contextmanager
 def locked_at_once() -> Iterator["Store | None"]:
-    """As `locked`, but None if somebody else is inside."""
+    """As `locked`, but None if somebody else is inside, or nothing was ever loaded."""
     folder = directory()
-    lock = _lock(folder)
+    try:
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        yield None
+        return
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -136,14 +144,6 @@ def locked_at_once() -> Iterator["Store | None"]:
         yield Store(folder)
     finally:
         os.close(lock)
-
-
-def _lock(folder: Path) -> int:
-    try:
-        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-        return os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise _unusable(folder, error) from error
 
 
 @contextmanager
