@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -627,7 +628,7 @@ OTHER = """
 policy other {{
     at prerouting
     interest {{ daddr 10.4.0.0/16 }}
-    classify {{ one when daddr in 10.4.1.0/24; two }}
+    classify {{ one when daddr in 10.4.1.0/24; two when daddr in 10.4.2.0/24 }}
     process {{ one {{ encapsulate to {first} from 192.0.2.1 }}
                two {{ encapsulate to {second} from 192.0.2.1 }} }}
 }}
@@ -673,7 +674,7 @@ def test_no_packet_goes_another_tunnels_way_while_numbers_change(network: Five) 
     with Capture(network.hosts["core"], "eth0") as capture:
         thread.start()
         # By itself the second class's tunnel would have the first one's number now.
-        other.write_text(re.sub("one (when.*?;|{.*?} })", "", other.read_text()))
+        other.write_text(re.sub(r"one (when.*?;|\{.*?\})", "", other.read_text()))
         network.itmc("near", "apply", "other.itm")
         network.itmc("near", "rollback")
         stop.set()
@@ -829,3 +830,12 @@ def test_at_boot_tunnels_come_with_the_network(network: Five) -> None:
     finally:
         runtime.terminate()
         runtime.communicate()
+
+
+def test_the_runtime_of_a_state_that_is_gone_ends(network: Five) -> None:
+    """It must not make the folder again that it looks for."""
+    near = network.hosts["near"]
+    network.apply("near", NEAR.format(run=""))
+    assert processes(near)
+    shutil.rmtree(network.folder / "state")
+    until(lambda: not processes(near), "it ends")
