@@ -7,8 +7,10 @@ anew; if that fails, the one that runs goes on.
 """
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -176,6 +178,14 @@ def _load(target: str, beside: Path | None) -> Handler:
         found = getattr(found, part)
     if not callable(found):
         raise HandlerError(f"`{target}` is no function")
+    if inspect.iscoroutinefunction(found):
+        raise HandlerError(f"`{target}` is a coroutine: what it answers would come too late")
+    with suppress(TypeError, ValueError):  # not every callable tells what it takes
+        signature = inspect.signature(found)
+        try:
+            signature.bind(None)
+        except TypeError as error:
+            raise HandlerError(f"`{target}` does not take one packet: {error}") from error
     copy, reads = getattr(found, _COPY, (LARGEST, False))
     return Handler(target, found, copy, reads)
 

@@ -322,6 +322,17 @@ class Runtime:
         self._preparing.append(_Preparing(frozenset(jobs), now + _PREPARED, reply))
         self._care(now)
 
+    @staticmethod
+    def _late(workers: list[_Worker]) -> dict[str, Any]:
+        """Why workers are not ready in time: what they wait for is in most cases an import."""
+        late = next((w for w in workers if not w.well), workers[0])
+        queue = late.job.queue
+        if not queue.calls:
+            return {"error": f"the worker of `{queue.policy}` takes too long to start"}
+        target = queue.calls[0][0]
+        error = f"`{target}` takes too long to be imported"
+        return {"error": error, "target": target, "policy": queue.policy}
+
     def _answer_preparing(self, now: float) -> None:
         for one in list(self._preparing):
             workers = [self._workers[name] for name in sorted(one.names & self._workers.keys())]
@@ -337,7 +348,7 @@ class Runtime:
             elif ready:
                 one.reply({"ready": True})
             elif now >= one.until:
-                one.reply({"error": "the workers take too long to start"})
+                one.reply(self._late(workers))
             else:
                 continue
             self._preparing.remove(one)

@@ -956,6 +956,14 @@ BROKEN = {
     "leaves": ("import sys; sys.exit(1)", "`hand` cannot be imported: SystemExit: 1"),
     "is gone": ("def other(packet): pass", "`hand` has no `handle`"),
     "needs more": ("import nowhere_to_be_found", "`hand` needs a module `nowhere_to_be_found`"),
+    "takes two": (
+        "def handle(one, two):\n    return None",
+        "`hand:handle` does not take one packet: missing a required argument: 'two'",
+    ),
+    "comes later": (
+        "async def handle(packet):\n    return None",
+        "`hand:handle` is a coroutine: what it answers would come too late",
+    ),
     "is none": ("handle = 3", "`hand:handle` is no function"),
 }
 

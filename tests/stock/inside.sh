@@ -23,6 +23,10 @@ pivot_root . run/old
 umount -l /run/old
 cd "$checkout"
 
+# itm queues natively here; some tests ask for the other form of these rules, too, and its
+# module is the only one that the kernel does not load by itself (for an inet table).
+modprobe xt_NFQUEUE
+
 mapfile -t arguments < /run/exchange/arguments
 # CI: what needs root or a part of the kernel fails where it is missing, it does not skip.
 export HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin CI=1 ITM_PATIENCE=10
