@@ -30,6 +30,8 @@ modprobe xt_NFQUEUE
 mapfile -t arguments < /run/exchange/arguments
 # CI: what needs root or a part of the kernel fails where it is missing, it does not skip.
 export HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin CI=1 ITM_PATIENCE=10
+ITM_SHARE=$(< /run/exchange/share)
+export ITM_SHARE
 set +e
 .venv/bin/python -m pytest "${arguments[@]}" > /run/exchange/output 2>&1
 echo $? > /run/exchange/status
