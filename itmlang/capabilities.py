@@ -45,6 +45,7 @@ PARTS: Final[Mapping[str, str]] = {
     "policies": "what policies compile to",
     "queues": "packets to Python, one way or the other",
     "tunnels": "tunnels of the kernel's own",
+    "links": "shares of a link's rate",
     "applying": "changing what runs",
     "lab": "throwaway networks, for `lab` and `test --kernel`",
     "later": "for versions to come",
@@ -215,6 +216,24 @@ FEATURES: Final[tuple[Feature, ...]] = (
         "BPF on links", "tunnels", "`decapsulate` in the kernel", "Python does it",
         _module("cls_bpf", "CONFIG_NET_CLS_BPF and CONFIG_NET_SCH_INGRESS"),
     ),
+    # What links do.
+    Feature(
+        "HTB", "links", "`link`: classes with rates and priorities", "no `link`",
+        _module("sch_htb", "CONFIG_NET_SCH_HTB"),
+    ),
+    Feature(
+        "u32 filters", "links", "`link`: packets that no policy gave a class", "no `link`",
+        _module("cls_u32", "CONFIG_NET_CLS_U32"),
+    ),
+    Feature(
+        "IFB", "links", "`link` with `ingress`: shaping of what comes in", "only what leaves can be shaped",
+        "`modprobe -a ifb act_mirred sch_ingress`, or a kernel with CONFIG_IFB, CONFIG_NET_ACT_MIRRED and CONFIG_NET_SCH_INGRESS",
+    ),
+    Feature(
+        "fq_codel", "links", "short queues in a link's classes, a fair share for each flow",
+        "each class has a plain queue: a long flow delays the others of its class",
+        _module("sch_fq_codel", "CONFIG_NET_SCH_FQ_CODEL"),
+    ),
     # Changing what runs.
     Feature(
         "sets changed in place", "applying", "a new time-out or size for a set that keeps its elements",
@@ -238,17 +257,6 @@ FEATURES: Final[tuple[Feature, ...]] = (
         "no `itmc lab`, no `itmc test --kernel`", _module("veth", "CONFIG_NET_NS and CONFIG_VETH"),
     ),
     # What parts to come will ask.
-    Feature(
-        "HTB", "later", "shaping by class", "no shaping", _module("sch_htb", "CONFIG_NET_SCH_HTB"),
-    ),
-    Feature(
-        "fq_codel", "later", "short queues, a fair share for each flow", "longer queues behind a shaper",
-        _module("sch_fq_codel", "CONFIG_NET_SCH_FQ_CODEL"),
-    ),
-    Feature(
-        "IFB", "later", "shaping of what comes in", "only what leaves can be shaped",
-        _module("ifb", "CONFIG_IFB"),
-    ),
     Feature(
         "netem", "later", "delay and loss in experiments", "delay and loss are made by a program",
         _module("sch_netem", "CONFIG_NET_SCH_NETEM"),

@@ -13,12 +13,17 @@ from itmlang.actions import ACTIONS, Action
 from itmlang.actions.call import Call
 from itmlang.actions.drop import Drop
 from itmlang.actions.encapsulate import Encapsulate
+from itmlang.actions.priority import Priority
 from itmlang.conditions import COMPARED, Conditions, flow_tests
+from itmlang.control import Controller, Timer
+from itmlang.controlling import Around, entries
 from itmlang.diagnostics import Findings, did_you_mean
 from itmlang.evaluate import Parameter, Scope, one_address, single, value_set
 from itmlang.fields import EGRESS, FIELDS, HOOKS, INGRESS, INTEREST_FIELDS, Field, hook_kind
+from itmlang.links import Link
 from itmlang.rates import advice, fits, period
 from itmlang.resolve import DEFAULT_SIZE, Instance, Program, check_name, size_options
+from itmlang.shaping import links
 from itmlang.source import Span
 from itmlang.tunnelling import Inward, inward, outward, why_not
 from itmlang.values import IPV4, PARAMETER_TYPES, Names, Type, ValueSet
@@ -55,32 +60,57 @@ _QUEUE_OPTIONS: Final[Mapping[str, tuple[Type, int, int]]] = {
     "from": (values.NUMBER, 0, LARGEST_QUEUE),
 }
 
+# Actions with a form of their own.
+_WRITTEN: Final[Mapping[type[Action], str]] = {
+    Call: 'write `call "module:function"`',
+    Encapsulate: "write `encapsulate to 192.0.2.1`",
+    Priority: "write `priority LINK.CLASS`",
+}
+
 Node = TypeVar("Node", bound=syntax.Statement)
 
 
-def check(program: Program, findings: Findings) -> tuple[ir.Policy, ...]:
-    """The policies that are to be loaded, in order.
+def check(program: Program, findings: Findings) -> tuple[tuple[ir.Policy, ...], tuple[Link, ...]]:
+    """The policies that are to be loaded, in order, and the links.
 
     Errors and warnings go to `findings`; policies with errors are left out.
     """
-    checked = [check_instance(one, program.sets, findings) for one in program.instances]
+    named = links(program.links, _probed(program), Scope(program.sets), findings)
+    checked = [check_instance(one, program.sets, findings, named) for one in program.instances]
     for policy in program.templates:
-        check_instance(Instance(policy.name, policy), program.sets, findings)
+        check_instance(Instance(policy.name, policy), program.sets, findings, named)
     policies = tuple(policy for policy in checked if policy is not None)
     if not findings.failed:
         _check_sets(program, policies, findings)
         _check_queues(policies, findings)
-    return policies
+        _check_written(policies, findings)
+        _check_ingress(policies, named.values(), findings)
+    return policies, tuple(link for link in named.values() if link is not None)
+
+
+def _probed(program: Program) -> set[str]:
+    """The links whose rate some controller writes by round trips."""
+    return {
+        entry.written.text.removesuffix(".rate")
+        for policy in program.policies.values()
+        for statement in policy.statements
+        if isinstance(statement, syntax.Control)
+        for entry in statement.entries
+        if isinstance(entry, syntax.Controller) and entry.measure.of is not None
+    }
 
 
 def check_instance(
-    instance: Instance, sets: Mapping[str, ir.AnySet], findings: Findings
+    instance: Instance,
+    sets: Mapping[str, ir.AnySet],
+    findings: Findings,
+    links: Mapping[str, Link | None] | None = None,
 ) -> ir.Policy | None:
     """One instance of a policy, None if something is wrong with it."""
     if instance.use is None:
-        return _Check(instance, sets, findings).policy()
+        return _Check(instance, sets, findings, links or {}).policy()
     with findings.because(f"`{instance.name.text}` uses it here", instance.use.span):
-        return _Check(instance, sets, findings).policy()
+        return _Check(instance, sets, findings, links or {}).policy()
 
 
 def _check_sets(program: Program, policies: Iterable[ir.Policy], findings: Findings) -> None:
@@ -125,6 +155,34 @@ def _check_queues(policies: Iterable[ir.Policy], findings: Findings) -> None:
                 break
 
 
+def _check_written(policies: Iterable[ir.Policy], findings: Findings) -> None:
+    """Refuse two policies that control the same link."""
+    first: dict[str, Controller] = {}
+    for one in (one for policy in policies for one in policy.controllers if one.link):
+        other = first.setdefault(one.written, one)
+        if other is not one:
+            findings.error(
+                "E012", f"`{one.policy}` and `{other.policy}` both write `{one.written}`",
+                one.span, notes=(("the first one is here", other.span),),
+            )  # fmt: skip
+
+
+def _check_ingress(
+    policies: Iterable[ir.Policy], named: Iterable[Link | None], findings: Findings
+) -> None:
+    """Refuse to ask for packets behind what takes them away."""
+    for policy in policies:
+        for hook in policy.hooks:
+            kind, _, device = hook.partition(" ")
+            for link in named:
+                if kind == INGRESS and link and link.ingress and link.fits(device.strip('"')):
+                    findings.error(
+                        "E016", f"`{policy.name}` sees nothing at {hook}: the link `{link.name}` "
+                        "takes it before", policy.at, notes=(("the link is here", link.at),),
+                        help="stand at prerouting: there it comes when the link lets it go",
+                    )  # fmt: skip
+
+
 def _egress(policy: ir.Policy) -> bool:
     return any(hook_kind(hook) == EGRESS for hook in policy.hooks)
 
@@ -133,9 +191,14 @@ class _Check:
     """The check of one policy."""
 
     def __init__(
-        self, instance: Instance, sets: Mapping[str, ir.AnySet], findings: Findings
+        self,
+        instance: Instance,
+        sets: Mapping[str, ir.AnySet],
+        findings: Findings,
+        links: Mapping[str, Link | None],
     ) -> None:
         self.instance = instance
+        self.links = links
         self.node = instance.policy
         self.findings = findings
         self.scope = Scope(sets)
@@ -161,6 +224,7 @@ class _Check:
         updates = self._updates(conditions)
         run, fails_open = self._placement()
         queueing = self._queueing()
+        controllers, timers = self._control(tuple(dict.fromkeys(rule.name for rule in rules)))
         self._unused(counts, complete and not self._failed(errors_before))
         if not complete or self._failed(errors_before):
             return None
@@ -185,6 +249,8 @@ class _Check:
             in_python=run is not None,
             fails_open=fails_open,
             queueing=queueing,
+            controllers=controllers,
+            timers=timers,
         )
         self._python(policy, run)
         return None if self._failed(errors_before) else policy
@@ -596,6 +662,8 @@ class _Check:
                     action = None
             elif isinstance(node, syntax.Encapsulate):
                 action = self._encapsulate(node)
+            elif isinstance(node, syntax.IntoLink):
+                action = self._into_link(node)
             else:
                 action = self._action(node)
             if action is not None and self._stands(action, hooks, node.span):
@@ -686,6 +754,55 @@ class _Check:
             ends.append(found[1])
         return self._sound(Encapsulate(tuple(ends)), node.span)
 
+    def _into_link(self, node: syntax.IntoLink) -> Action | None:
+        name, _, part = node.target.text.partition(".")
+        if name not in self.links or not part:
+            classes = [f"{k}.{c.name}" for k, one in self.links.items() if one for c in one.classes]
+            self.findings.error(
+                "E010", f"there is no link `{name}`" if name not in self.links
+                else "a class of the link is wanted", node.target.span,
+                help=did_you_mean(node.target.text, classes)
+                or "write `priority LINK.CLASS`, and declare the link: "
+                'link wan { interface "eth0"  rate 10 mbit  class bulk { priority 1 } }',
+            )  # fmt: skip
+            return None
+        link = self.links[name]
+        if link is None:
+            return None  # said at the link
+        found = link.find(part)
+        if found is None:
+            names = [one.name for one in link.classes]
+            self.findings.error(
+                "E010", f"the link `{name}` has no class `{part}`", node.target.span,
+                help=did_you_mean(part, names) or f"it has {', '.join(names)}",
+            )  # fmt: skip
+            return None
+        if link.ingress:
+            self.findings.error(
+                "E037", f"`{name}` shapes what comes in, before any policy sees it",
+                node.target.span, notes=(("it says `ingress` here", link.at),),
+                help="there the DSCP alone tells classes apart: `class NAME { dscp ef }`",
+            )  # fmt: skip
+            return None
+        return Priority((link.classid(found), f"{name}.{part}", link.probe))
+
+    def _control(
+        self, classes: tuple[str, ...]
+    ) -> tuple[tuple[Controller, ...], tuple[Timer, ...]]:
+        node = self._one(syntax.Control, "control")
+        if node is None:
+            return (), ()
+        known = {p.name.text: p for p in self.node.parameters}
+        around = Around(
+            policy=self.instance.name.text,
+            classes=classes,
+            flows=tuple(self.flows),
+            links=self.links,
+            parameters={name: (known[name], one) for name, one in self.scope.parameters.items()},
+            scope=self.scope,
+        )
+        return entries(node, around, self.findings)
+
     def _action(self, node: syntax.Action) -> Action | None:
         kind = next((a for a in ACTIONS if a.words == node.words), None)
         if kind is None:
@@ -699,11 +816,10 @@ class _Check:
                 help="" if later else values.unit_help(written) or did_you_mean(written, known),
             )  # fmt: skip
             return None
-        if kind in (Call, Encapsulate):
+        if kind in (Call, Encapsulate, Priority):
             self.findings.error(
                 "E001", f"unexpected end of `{node.words[0]}`", node.span,
-                help='write `call "module:function"`' if kind is Call
-                else "write `encapsulate to 192.0.2.1`",
+                help=_WRITTEN[kind],
             )  # fmt: skip
             return None
         if kind.operand is None or node.value is None:

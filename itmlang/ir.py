@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from itmlang.actions import Action
+from itmlang.control import Controller, Timer
 from itmlang.fields import Field
 from itmlang.source import Span
 from itmlang.values import Ranges, Type, ValueSet
@@ -313,6 +314,8 @@ class Policy:
     in_python: bool = False  # `run python`: all of it
     fails_open: bool = True  # what becomes of packets for Python that nobody serves
     queueing: Queueing = Queueing()
+    controllers: tuple[Controller, ...] = ()
+    timers: tuple[Timer, ...] = ()
 
     @property
     def classes(self) -> tuple[str, ...]:

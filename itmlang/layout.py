@@ -28,15 +28,19 @@ _ITEMS: Final = frozenset(
     {
         "include", "set_declaration", "policy", "use", "test",
         "at", "priority", "interest", "flow", "classify", "log", "process", "update", "run", "fail",
-        "queues", "call", "encapsulate",
+        "queues", "call", "encapsulate", "into_link", "control", "controller", "timer",
+        "link", "link_interface", "link_rate", "link_otherwise", "link_class",
+        "class_setting", "class_least", "class_most",
         "interest_line", "class_rule", "count", "sample", "record", "class_block", "action",
         "verdict", "limit", "addition", "removal", "test_policy", "path", "wait", "send",
     }
 )  # fmt: skip
 _LISTS: Final = frozenset({"list_of", "parameters", "arguments"})
-_NEVER_ON_ONE_LINE: Final = frozenset({"policy", "test"})
+_NEVER_ON_ONE_LINE: Final = frozenset({"policy", "test", "link"})
 # Before these, and behind a comma, the author may break an item.
-_BREAKABLE: Final = frozenset({"_AND", "_OR", "_WHEN", "_FOR", "_EXPECT", "TIMEOUT", "MAX"})
+_BREAKABLE: Final = frozenset(
+    {"_AND", "_OR", "_WHEN", "_FOR", "_EXPECT", "_TOWARD", "_WITH", "_WITHIN", "TIMEOUT", "MAX"}
+)
 _OPERATORS: Final = frozenset({"_AND", "_OR"})
 _LITERALS: Final = frozenset({"NUMBER", "DECIMAL", "DURATION", "ADDRESS4", "ADDRESS6", "STRING"})
 
@@ -143,7 +147,8 @@ class _Printer:
         if index in self._closing:
             broken = self._broken(index)
             self._open.append(_Bracket(broken, line.indent + INDENT, line.indent))
-            if piece.rule == "class_block" and line.first == index - 1 and not broken:
+            begin = index - (2 if piece.rule == "link_class" else 1)
+            if piece.rule in ("class_block", "link_class") and line.first == begin and not broken:
                 line.anchor = column - line.indent
         if piece.kind == "_EXPECT" and "send" in self._pieces[line.first].begins:
             line.anchor = column - line.indent
@@ -226,7 +231,7 @@ class _Printer:
             # `fd00::1 :80` has a port, `fd00::1:80` has none.
             or (piece.text == ":" and before.kind != "ADDRESS6")
             or (before.text == ":" and before.rule == "endpoint")
-            or (before.text == "-" and before.rule == "priority")
+            or (before.text == "-" and before.rule in ("priority", "gain"))
             # `to-` is a name like any other, `to -` is not.
             or (piece.text == "-" and before.kind == "WORD" and before.end == piece.start)
             or (piece.text == "-" and self._short_range(index))

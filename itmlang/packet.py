@@ -118,6 +118,7 @@ class Packet:
     ct_direction: int | None = None
     connection: Any = None  # a `conntrack.Connection`
     draw: int = 0
+    priority: int = 0  # the class of a link that it waits in, a classid
     family: int = field(init=False)
     protocol: int | None = field(init=False)
     fragment_offset: int = field(init=False, default=0)

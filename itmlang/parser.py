@@ -41,6 +41,9 @@ _TERMINALS: Final = {
     "_LOG": "`log {`",
     "_PROCESS": "`process {`",
     "_UPDATE": "`update {`",
+    "_CONTROL": "`control {`",
+    "CONTROLLED": "what is controlled",
+    "DRY": "`dry run`",
     "SET_NAME": "a set such as `@name`",
     "DECIMAL": "a number",
     "RATE": "a rate",
@@ -49,7 +52,7 @@ _TERMINALS: Final = {
 # Words of the language that later versions will know.
 _LATER: Final = frozenset(
     {
-        "link", "overlay", "tunnel", "control", "route", "proxy", "every",
+        "overlay", "tunnel", "route", "proxy",
     }
 )  # fmt: skip
 # What other languages write there.
@@ -61,13 +64,13 @@ _FORMS: Final = (
     (re.compile(r"\bencapsulate\s+\Z"), "write `encapsulate to ADDRESS`"),
 )
 _MARKS: Final = re.compile(
-    r'#[^\n]*|"[^"\n]*"|[{}()]|^[ \t]*(?:include|set|policy|use|test)\b'
+    r'#[^\n]*|"[^"\n]*"|[{}()]|^[ \t]*(?:include|set|policy|use|link|test)\b'
     r"|(?:\bnot\b(?:[\s;]|#[^\n]*\n)*){64}",
     re.MULTILINE,
 )
 # Inside of something unclosed, these begin the next item; `set` and others are statements, too.
-_HEADS: Final = re.compile(r"(?:policy|use|test)\b(?:[^\n{}()]|\([^\n()]*\))*\{")
-_SECTIONS: Final = frozenset({"_INTEREST", "_CLASSIFY", "_LOG", "_PROCESS", "_UPDATE"})
+_HEADS: Final = re.compile(r"(?:policy|use|link|test)\b(?:[^\n{}()]|\([^\n()]*\))*\{")
+_SECTIONS: Final = frozenset({"_INTEREST", "_CLASSIFY", "_LOG", "_PROCESS", "_UPDATE", "_CONTROL"})
 _TEST_LINES: Final = frozenset({"_SEND", "_PATH", "_WAIT"})
 # What other languages say, and this one does not.
 _MEANT: Final = {
@@ -469,6 +472,9 @@ class _Nodes:
     def encapsulate(self, span: Span, children: list[Any]) -> syntax.Encapsulate:
         return syntax.Encapsulate(span, *children)
 
+    def into_link(self, span: Span, children: list[Any]) -> syntax.IntoLink:
+        return syntax.IntoLink(span, children[0])
+
     def otherwise(self, span: Span, children: list[Any]) -> tuple[Any, ...]:
         return tuple(children)
 
@@ -492,6 +498,36 @@ class _Nodes:
 
     def process(self, span: Span, children: list[syntax.ClassBlock]) -> syntax.Process:
         return syntax.Process(span, tuple(children))
+
+    def measure(self, span: Span, children: list[Any]) -> syntax.Measure:
+        return syntax.Measure(span, *children)
+
+    def law(self, span: Span, children: list[Token]) -> syntax.Name:
+        return self._name(children[0])
+
+    def law_call(self, span: Span, children: list[Token]) -> syntax.Text:
+        return self._text(children[0])
+
+    def gain(self, span: Span, children: list[Any]) -> syntax.Gain:
+        name, minus, value = children
+        return syntax.Gain(span, name, minus is not None, value)
+
+    def bounds(self, span: Span, children: list[Any]) -> syntax.Bounds:
+        return syntax.Bounds(span, children[0])
+
+    def dry(self, span: Span, children: list[Any]) -> syntax.Dry:
+        return syntax.Dry(span)
+
+    def controller(self, span: Span, children: list[Any]) -> syntax.Controller:
+        written, period, measure, target, law, *options = children
+        field = syntax.FieldName(self._token_span(written), str(written))
+        return syntax.Controller(span, field, period, measure, target, law, tuple(options))
+
+    def timer(self, span: Span, children: list[Any]) -> syntax.Timer:
+        return syntax.Timer(span, children[0], self._text(children[1]))
+
+    def control(self, span: Span, children: list[Any]) -> syntax.Control:
+        return syntax.Control(span, tuple(children))
 
     def run(self, span: Span, children: list[Token]) -> syntax.Run:
         return syntax.Run(span, self._name(children[0]))
@@ -552,6 +588,37 @@ class _Nodes:
     def use(self, span: Span, children: list[Any]) -> syntax.Use:
         policy, arguments, instance, statements = children
         return syntax.Use(span, policy, arguments or (), instance, statements or ())
+
+    def link_interface(self, span: Span, children: list[Any]) -> syntax.LinkInterface:
+        name, ingress = children
+        return syntax.LinkInterface(span, self._text(name), ingress is not None)
+
+    def link_rate(self, span: Span, children: list[Any]) -> syntax.LinkRate:
+        return syntax.LinkRate(span, children[0])
+
+    def link_otherwise(self, span: Span, children: list[Any]) -> syntax.LinkOtherwise:
+        return syntax.LinkOtherwise(span, children[0])
+
+    def class_word(self, span: Span, children: list[Token]) -> syntax.Name:
+        return self._name(children[0])
+
+    def gain_word(self, span: Span, children: list[Token]) -> syntax.Name:
+        return self._name(children[0])
+
+    def class_setting(self, span: Span, children: list[Any]) -> syntax.ClassSetting:
+        return syntax.ClassSetting(span, children[0].text, children[1])
+
+    def class_least(self, span: Span, children: list[Any]) -> syntax.ClassSetting:
+        return syntax.ClassSetting(span, "at least", children[0])
+
+    def class_most(self, span: Span, children: list[Any]) -> syntax.ClassSetting:
+        return syntax.ClassSetting(span, "at most", children[0])
+
+    def link_class(self, span: Span, children: list[Any]) -> syntax.LinkClass:
+        return syntax.LinkClass(span, children[0], tuple(children[1:]))
+
+    def link(self, span: Span, children: list[Any]) -> syntax.Link:
+        return syntax.Link(span, children[0], tuple(children[1:]))
 
     # Packets and tests.
 

@@ -1,22 +1,24 @@
 """The passes, in order: text -> trees -> declarations -> checked -> simplified -> ruleset -> text -> allowed by the machine."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from itmlang import ir
 from itmlang.capabilities import EVERYTHING, Capabilities
-from itmlang.check import check
+from itmlang.check import check, check_instance
 from itmlang.diagnostics import Diagnostic, Findings
+from itmlang.links import Link
 from itmlang.modules import load
 from itmlang.nft.lower import lower
 from itmlang.nft.model import Ruleset
 from itmlang.nft.needs import refuse_lacking
 from itmlang.nft.queueing import for_xt
 from itmlang.nft.text import Text, print_ruleset
-from itmlang.place import Placement, place
-from itmlang.resolve import Given, resolve
+from itmlang.nft.variants import varied
+from itmlang.place import Placement, place, place_link
+from itmlang.resolve import Given, Program, resolve, with_values
 from itmlang.simplify import Simplified, simplify
 from itmlang.source import Reader, Source, no_files
 from itmlang.trials import Trial, read_trials
@@ -29,6 +31,7 @@ class Checked:
     source: Source
     policies: tuple[ir.Policy, ...]
     trials: tuple[Trial, ...]
+    links: tuple[Link, ...]
     warnings: tuple[Diagnostic, ...]
 
 
@@ -46,15 +49,15 @@ class Compiled:
     warnings: tuple[Diagnostic, ...]
 
 
-def analyse(source: Source, read: Reader = no_files) -> Checked:
-    """Parse and check; `read` gives the files that this one names.
+def analyse(source: Source, read: Reader = no_files, given: Given | None = None) -> Checked:
+    """Parse and check; `read` gives the files that this one names, `given` values of parameters.
 
     Raises `CompileError` with all the errors found.
     """
     findings = Findings()
     with _no_collection():
-        policies, trials = _analyse(source, read, findings)
-    return Checked(source, policies, trials, findings.diagnostics)
+        _, policies, links, trials = _analyse(source, read, findings, given)
+    return Checked(source, policies, trials, links, findings.diagnostics)
 
 
 def compile(
@@ -73,8 +76,28 @@ def compile(
     """
     findings = Findings()
     with _no_collection():
-        policies, trials = _analyse(source, read, findings, given)
-        return lowered(source, policies, trials, findings, capabilities, queue)
+        program, policies, links, trials = _analyse(source, read, findings, given)
+        others = {
+            (policy.name, one.written): [
+                _moved(program, links, policy, one.written, step) for step in one.steps
+            ]
+            for policy in policies
+            for one in policy.controllers
+        }
+        return lowered(source, policies, trials, findings, capabilities, queue, links, others)
+
+
+def _moved(
+    program: Program, links: Sequence[Link], policy: ir.Policy, parameter: str, step: str
+) -> ir.Policy:
+    """A policy with another value of a parameter that has a controller."""
+    instance = next(one for one in program.instances if one.name.text == policy.name)
+    quiet = Findings()  # what there is to say was said
+    given = with_values(instance, {parameter: step}, quiet)
+    moved = check_instance(given, program.sets, quiet, {link.name: link for link in links})
+    quiet.raise_errors()
+    assert moved is not None
+    return moved
 
 
 def lowered(
@@ -84,11 +107,17 @@ def lowered(
     findings: Findings,
     capabilities: Capabilities = EVERYTHING,
     queue: str = "",
+    links: tuple[Link, ...] = (),
+    others: Mapping[tuple[str, str], Sequence[ir.Policy]] | None = None,
 ) -> Compiled:
-    """Checked policies through the later passes. Raises `CompileError`."""
+    """Checked policies through the later passes. Raises `CompileError`.
+
+    `others` are, by name and parameter, the policies that have controllers, for each value.
+    """
     simplified = tuple(simplify(_asked_of_kernel(policy), findings) for policy in policies)
     findings.raise_errors()
-    ruleset = lower(source.name, simplified, findings, capabilities)
+    ruleset = replace(lower(source.name, simplified, findings, capabilities), links=links)
+    _vary(ruleset, policies, simplified, others or {}, findings, capabilities)
     handing = {one.policy: one for table in ruleset.tables for one in table.queues}
     tunnels = [one for table in ruleset.tables for one in table.tunnels]
     placements = tuple(
@@ -97,7 +126,7 @@ def lowered(
         for one in place(
             p, handing.get(p.name), [t for t in tunnels if t.policy == p.name], capabilities
         )
-    )
+    ) + tuple(place_link(link) for link in links)
     if (queue or capabilities.queue) == "xt":
         ruleset = for_xt(ruleset)
     text = print_ruleset(ruleset)
@@ -115,6 +144,35 @@ def lowered(
     )
 
 
+def _vary(
+    ruleset: Ruleset,
+    policies: Iterable[ir.Policy],
+    simplified: Sequence[Simplified],
+    others: Mapping[tuple[str, str], Sequence[ir.Policy]],
+    findings: Findings,
+    capabilities: Capabilities,
+) -> None:
+    """Put the rules that controllers move into the ruleset, for each value."""
+    for policy in policies:
+        table, quiet = ruleset.table_of(policy.name), Findings()
+        for one in policy.controllers:
+            moved = [
+                simplify(_asked_of_kernel(other), quiet)
+                for other in others.get((policy.name, one.written), ())
+            ]
+            tables = [
+                lower(
+                    ruleset.file, [m if s.policy.name == policy.name else s for s in simplified],
+                    quiet, capabilities,
+                ).table_of(policy.name)
+                for m in moved
+            ]  # fmt: skip
+            if tables:
+                one = varied(table, policy.name, one, tables, findings)
+            table.controllers.append(one)
+        table.timers += policy.timers
+
+
 def _asked_of_kernel(policy: ir.Policy) -> ir.Policy:
     """What a policy learns in Python is known there alone: its interest is asked again."""
     if not policy.in_python:
@@ -129,12 +187,12 @@ def _asked_of_kernel(policy: ir.Policy) -> ir.Policy:
 
 def _analyse(
     source: Source, read: Reader, findings: Findings, given: Given | None = None
-) -> tuple[tuple[ir.Policy, ...], tuple[Trial, ...]]:
+) -> tuple[Program, tuple[ir.Policy, ...], tuple[Link, ...], tuple[Trial, ...]]:
     program = resolve(load(source, read, findings), read, findings, given)
-    policies = check(program, findings)
-    trials = read_trials(program, policies, findings)
+    policies, links = check(program, findings)
+    trials = read_trials(program, policies, links, findings)
     findings.raise_errors()
-    return policies, trials
+    return program, policies, links, trials
 
 
 @contextmanager

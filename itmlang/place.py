@@ -10,13 +10,15 @@ from dataclasses import dataclass
 
 from itmlang import ir, marks
 from itmlang.capabilities import EVERYTHING, Capabilities
+from itmlang.links import Link
 from itmlang.nft.model import Queue, Tunnel
 from itmlang.tunnelling import Inward, inward, outward, why_not
 
 
 @dataclass(frozen=True)
 class Placement:
-    """One part of a policy, "kernel" or "queue", the reason in words, and the queues' numbers."""
+    """One part of a policy, "kernel", "queue" or "process", the reason in words, and the queues'
+    numbers."""
 
     policy: str
     part: str
@@ -100,7 +102,20 @@ def place(
     if queue is not None:
         open = policy.fails_open
         kernel("unserved", "`fail open`: it passes" if open else "`fail closed`: it is dropped")
+    for one in policy.controllers:
+        what = "it writes the rate of a qdisc" if one.link else "rules for each value are there"
+        reason = f"laws are Python; {what}, so no packet waits for it"
+        found.append(Placement(policy.name, f"control {one.written}", "process", reason))
+    for timer in policy.timers:
+        found.append(Placement(policy.name, f"every {timer.period} ms", "process",
+                               f'call "{timer.target}" is Python'))  # fmt: skip
     return tuple(found)
+
+
+def place_link(link: Link) -> Placement:
+    """Where a link's packets wait."""
+    way = f"what comes in at {link.interface}, by an IFB device" if link.ingress else link.interface
+    return Placement(link.name, "link", "kernel", f"a tree of HTB qdiscs: {way}")
 
 
 def _told(steps: ir.Steps) -> str:

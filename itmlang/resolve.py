@@ -58,6 +58,7 @@ class Program:
     instances: tuple[Instance, ...]
     templates: tuple[syntax.Policy, ...]  # of the file itself, of which there is no instance
     tests: tuple[syntax.Test, ...]  # of the file itself
+    links: tuple[syntax.Link, ...] = ()
 
 
 def resolve(
@@ -88,18 +89,24 @@ def resolve(
     if parsed:  # else who knows what the missing items use
         _unused_sets(modules, findings)
     tests = tuple(item for item in main.items if isinstance(item, syntax.Test))
+    links = tuple(i for m in modules for i in m.file.items if isinstance(i, syntax.Link))
+    for link in links:
+        check_name(link.name, findings)
+        if link.name.text in policies:
+            _twice("things", link.name, policies[link.name.text].name.span, findings)
     instances = _instances(modules, policies, findings)
     instances = tuple(
-        _given(one, (given or {}).get(one.name.text, {}), findings) for one in instances
+        with_values(one, (given or {}).get(one.name.text, {}), findings) for one in instances
     )
-    _check_there_is_something(main, instances, policies, findings)
+    if not links:
+        _check_there_is_something(main, instances, policies, findings)
     used = {instance.policy.name.text for instance in instances}
     templates = tuple(
         item
         for item in main.items
         if isinstance(item, syntax.Policy) and item.name.text not in used
     )
-    return Program(sets, policies, instances, templates, tests)
+    return Program(sets, policies, instances, templates, tests, links)
 
 
 def _twice(what: str, name: syntax.Name, first: Span, findings: Findings, help: str = "") -> None:
@@ -196,7 +203,7 @@ def _instances(
     return tuple(made.values())
 
 
-def _given(instance: Instance, given: Mapping[str, str], findings: Findings) -> Instance:
+def with_values(instance: Instance, given: Mapping[str, str], findings: Findings) -> Instance:
     """The instance with parameters that were given a value from outside of the file."""
     if not given:
         return instance

@@ -21,6 +21,7 @@ from itmlang import ir
 from itmlang.actions import Action
 from itmlang.conntrack import Connection, Conntrack, Tracked
 from itmlang.fields import EGRESS, FIELDS, INGRESS, TRACKING, TRACKING_HOOKS, Field
+from itmlang.links import classid_text
 from itmlang.packet import Packet
 from itmlang.rates import Bucket
 from itmlang.source import Span
@@ -366,12 +367,14 @@ def _head(span: Span) -> str:
 
 def _tell_action(step: ir.Step, packet: Packet, run: "_Closures") -> None:
     before, mark = bytes(packet.data), packet.mark
-    tos = packet.tos
+    tos, priority = packet.tos, packet.priority
     step.action.run(packet)
     if packet.tos != tos:
         change = f"tos {tos:#04x} -> {packet.tos:#04x}"
     elif packet.mark != mark:
         change = f"mark {mark:#x} -> {packet.mark:#x}"
+    elif packet.priority != priority:
+        change = f"waits in the link's class {classid_text(packet.priority)}"
     else:
         change = "changed" if packet.data != before else ""
     run.tell("process", step.span, str(step.action), change or step.action.verdict or "no change")

@@ -261,7 +261,15 @@ class Limit:
     otherwise: tuple["ActionNode", ...] | None
 
 
-ActionNode = Action | Call | Encapsulate | Limit
+@dataclass(frozen=True)
+class IntoLink:
+    """`priority LINK.CLASS`."""
+
+    span: Span
+    target: FieldName
+
+
+ActionNode = Action | Call | Encapsulate | IntoLink | Limit
 
 
 @dataclass(frozen=True)
@@ -328,9 +336,78 @@ class Queues:
     options: tuple[tuple[Name, Value], ...]
 
 
+# Controllers and timers.
+
+
+@dataclass(frozen=True)
+class Measure:
+    """`wan.bulk.backlog`, `rtt 192.0.2.1`: what is measured, and of whom if it is no name."""
+
+    span: Span
+    name: FieldName
+    of: Value | None
+
+
+@dataclass(frozen=True)
+class Gain:
+    """`kp 0.5`: a setting of a controller's law, or one that all have."""
+
+    span: Span
+    name: Name
+    negative: bool
+    value: Value
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """`within 2-200`."""
+
+    span: Span
+    value: Value
+
+
+@dataclass(frozen=True)
+class Dry:
+    """`dry run`: decisions are logged, nothing is written."""
+
+    span: Span
+
+
+@dataclass(frozen=True)
+class Controller:
+    """`WRITTEN every PERIOD toward MEASURE = TARGET with LAW …`.
+
+    `law` is a name, or the function of the user's as a text.
+    """
+
+    span: Span
+    written: FieldName
+    period: Value
+    measure: Measure
+    target: Value
+    law: Name | Text
+    options: tuple[Gain | Bounds | Dry, ...]
+
+
+@dataclass(frozen=True)
+class Timer:
+    """`every PERIOD call "module:function"`."""
+
+    span: Span
+    period: Value
+    target: Text
+
+
+@dataclass(frozen=True)
+class Control:
+    span: Span
+    entries: tuple[Controller | Timer, ...]
+
+
 Statement = (
-    At | Priority | Interest | Flow | Classify | Log | Process | Update | Run | Fail | Queues
-)
+    At | Priority | Interest | Flow | Classify | Log | Process | Update | Control | Run | Fail
+    | Queues
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -390,6 +467,54 @@ class Use:
     arguments: tuple[Argument, ...]
     instance: Name | None
     statements: tuple[At | Priority | Interest, ...]
+
+
+@dataclass(frozen=True)
+class LinkInterface:
+    """`interface "eth1"`, also `ingress`."""
+
+    span: Span
+    interface: Text
+    ingress: bool
+
+
+@dataclass(frozen=True)
+class LinkRate:
+    span: Span
+    value: Value
+
+
+@dataclass(frozen=True)
+class LinkOtherwise:
+    """`otherwise CLASS`: where packets go of which nobody says more."""
+
+    span: Span
+    name: Name
+
+
+@dataclass(frozen=True)
+class ClassSetting:
+    """`priority 0`, `at least 1 mbit`, `queue 100 packets`; `name` is the words."""
+
+    span: Span
+    name: str
+    value: Value
+
+
+@dataclass(frozen=True)
+class LinkClass:
+    span: Span
+    name: Name
+    settings: tuple[ClassSetting, ...]
+
+
+@dataclass(frozen=True)
+class Link:
+    """`link NAME { … }`: a scheduled interface."""
+
+    span: Span
+    name: Name
+    lines: tuple[LinkInterface | LinkRate | LinkOtherwise | LinkClass, ...]
 
 
 # Packets, for `itmc explain` and tests.
@@ -470,7 +595,7 @@ class Test:
     lines: tuple[TestPolicy | Path | Wait | Send, ...]
 
 
-Item = Include | SetDeclaration | Policy | Use | Test
+Item = Include | SetDeclaration | Policy | Use | Link | Test
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from itmlang import ir, syntax, values
 from itmlang.check import check_instance
 from itmlang.diagnostics import Findings, did_you_mean
 from itmlang.evaluate import Scope, one_address, single
+from itmlang.links import Link
 from itmlang.packet import Header, Packet
 from itmlang.packets import header
 from itmlang.resolve import Instance, Program, arguments
@@ -98,7 +99,7 @@ class Failure:
 
 
 def read_trials(
-    program: Program, loaded: Sequence[ir.Policy], findings: Findings
+    program: Program, loaded: Sequence[ir.Policy], links: Sequence[Link], findings: Findings
 ) -> tuple[Trial, ...]:
     """The tests of a file, checked. Errors go to `findings`."""
     trials, names = [], dict[str, Span]()
@@ -109,7 +110,7 @@ def read_trials(
                 notes=(("the first one is here", names[node.name.text]),),
             )  # fmt: skip
         names.setdefault(node.name.text, node.name.span)
-        trial = _Reader(program, loaded, findings).trial(node)
+        trial = _Reader(program, loaded, {link.name: link for link in links}, findings).trial(node)
         trials += [trial] if trial is not None else []
     return tuple(trials)
 
@@ -118,6 +119,7 @@ def read_trials(
 class _Reader:
     program: Program
     loaded: Sequence[ir.Policy]
+    links: Mapping[str, Link]
     findings: Findings
 
     def trial(self, node: syntax.Test) -> Trial | None:
@@ -178,7 +180,7 @@ class _Reader:
         use = instance.use if instance is not None else None
         made = Instance(node.name, template, given, use)
         quiet = Findings()  # what there is to warn of was said of the policy itself
-        checked = check_instance(made, self.program.sets, quiet)
+        checked = check_instance(made, self.program.sets, quiet, self.links)
         for diagnostic in quiet.diagnostics:
             if diagnostic.is_error:
                 self.findings.add(diagnostic)

@@ -24,6 +24,13 @@ def refuse(policy: ir.Policy, run: Span, findings: Findings) -> None:
     """
     if policy.in_python:
         _kernels_own(policy, run, findings)
+    for steps in policy.process.values():
+        for step in ir.every_step(steps if policy.in_python else ir.handed_over(steps)):
+            if step.action.kernels_own:
+                findings.error(
+                    _CODE, step.action.kernels_own, step.span,
+                    help=f"write `{step.action}` before what needs Python",
+                )  # fmt: skip
     _of_connections(policy, findings)
     if policy.queueing.number > 1:
         _of_several(policy, findings)

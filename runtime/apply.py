@@ -19,8 +19,9 @@ from logging import warning
 from typing import Final
 
 from itmlang.diagnostics import CompileError, Diagnostic, did_you_mean
+from itmlang.links import Link, overlap
 from itmlang.nft.model import TABLE_PREFIX, Queue
-from runtime import netlink, nft, serving, steering, xt
+from runtime import decisions, netlink, nft, serving, steering, xt
 from runtime.errors import MachineError, RolledBackError, UsageError
 from runtime.listing import Element, Running
 from runtime.migrate import Contents, Dump, Kept, Left, Move, corrections
@@ -43,7 +44,7 @@ _DEVICE: Final = re.compile(r'\bdevice "[^"]+"')
 
 @dataclass(frozen=True)
 class Applied:
-    """What was changed: names of policies loaded and removed, and the plan.
+    """What was changed: names of policies loaded and removed, of links, and the plan.
 
     `absent` are devices of hooks that are not here; the kernel waits for them. `off`
     are policies that were off and stayed so. `generation` is the new one's number, 0 if
@@ -57,6 +58,7 @@ class Applied:
     off: tuple[str, ...] = ()
     generation: int = 0
     told: tuple[str, ...] = ()
+    links: tuple[str, ...] = ()
 
     @property
     def lost(self) -> tuple[str, ...]:
@@ -97,13 +99,15 @@ def apply(
     why: str = "",
     confirm: float = 0,
     boot: bool = True,
+    force: bool = False,
 ) -> Applied:
     """Load a file's policies in one transaction; with `check`, only try it.
 
     Applying a file again replaces what it brought before. With `digest`, only the plan
     that has it is carried out. With `confirm`, everything goes back after so many
     seconds unless `confirm` comes before. `known` is the state if it was read already.
-    Without `boot` it is not there again after a reboot.
+    Without `boot` it is not there again after a reboot. With `force`, links also go where
+    somebody else has set a qdisc: that is put aside.
 
     Raises `CompileError` if a policy's name belongs to another file, `UsageError` if the
     plan is another one, `MachineError` if the machine refuses; in all cases nothing was
@@ -118,6 +122,7 @@ def apply(
                 f"the plan is another one by now: {change.digest}, not {digest}; nothing was changed",
                 "`itmc plan` shows it",
             )
+        steering.refuse(store.state, change.state, force=force)
         if check:
             _load(_script(change, {}, _dump), check=True)
             return _applied(change, unit)
@@ -126,7 +131,7 @@ def apply(
         if change.empty and old is not None and old.made_of == unit.made_of:
             # Handlers may have changed.
             serving.prepare(store.folder, store.state.generation, store.state, {unit.file})
-            steering.settle(store.folder, store.state)
+            said += steering.settle(store.folder, store.state)
             if boot:
                 _keep_for_boot(store, said.append)
             return _applied(change, unit, 0, said)
@@ -141,8 +146,16 @@ def _applied(change: Plan, unit: Unit, number: int = 0, said: Sequence[str] = ()
     hooks = [c.hook.name for t in unit.ruleset.tables for c in t.base_chains if c.hook]
     absent = dict.fromkeys(device for hook in hooks if (device := _absent(hook)))
     off = tuple(e.name for e in change.state.policies if e.name in unit.names and not e.on)
+    off += tuple(name for name in unit.link_names if name in change.state.resting)
     return Applied(
-        unit.ruleset.order, change.deleted, change, tuple(absent), off, number, tuple(said)
+        unit.ruleset.order,
+        change.deleted,
+        change,
+        tuple(absent),
+        off,
+        number,
+        tuple(said),
+        unit.link_names,
     )
 
 
@@ -162,7 +175,8 @@ def remove(names: Sequence[str], tell: Tell | None = None) -> tuple[str, ...]:
             for path in our_tables()
             if path not in ours
         }
-        known = sorted({*state.names, *strays.values()})
+        named = [link.name for link in state.links]
+        known = sorted({*state.names, *named, *strays.values()})
         _refuse_unknown(names, known)
         going = list(dict.fromkeys(names)) or known
         wanted = state.without(set(going))
@@ -205,9 +219,10 @@ def switch(names: Sequence[str], *, on: bool, tell: Tell | None = None) -> tuple
     with _changing() as store:
         _refuse_unconfirmed(store)
         state = store.state
-        _refuse_unknown(names, state.names)
+        links = {link.name for link in state.links}
+        _refuse_unknown(names, [*state.names, *links])
         running = kernel(state, state)
-        for name in names:
+        for name in (name for name in names if name not in links):
             if state.table_of(name).path not in running:
                 raise MachineError(
                     f"the table of `{name}` is gone from the kernel",
@@ -219,8 +234,8 @@ def switch(names: Sequence[str], *, on: bool, tell: Tell | None = None) -> tuple
             for entry in state.policies
             if entry.name in names
             and (entry.on != on or (on and not _hooked(state, entry.name, running)))
-        )
-        scope = {state.table_of(name).path for name in changing}
+        ) + tuple(sorted(n for n in links & set(names) if (n in state.resting) == on))
+        scope = {state.table_of(name).path for name in changing if name not in links}
         change = plan(wanted, state, running, scope)
         if changing:
             why = f"{'enable' if on else 'disable'} {' '.join(names)}"
@@ -540,13 +555,15 @@ def carry_out(
             with suppress(OSError):  # no connection is tracked here
                 netlink.clear_marks(bits)
         serving.settle(store.folder)
+        decisions.forget(store.folder, state.names)
         try:
             if not late:
-                steering.settle(store.folder, state)
+                for text in steering.settle(store.folder, state):
+                    _tell(tell, text)
         except (MachineError, OSError) as error:
-            _tell(tell, f"tunnels that are no longer wanted are still there: {error}")
+            _tell(tell, f"links or tunnels that are no longer wanted are still there: {error}")
         with suppress(MachineError, OSError):
-            _correct(change.moves, contents)
+            correct(change.moves, contents)
             seen = {t.path: state.listed.get(t.path, {}) for t in state.tables}
             store.seen(seen | {path: _listed(path) for path in change.touched if path in seen})
             if change.resized:
@@ -596,7 +613,7 @@ def _insist(store: Store, change: Plan) -> None:
         return
     contents = Contents(again.moves, _dump)
     _load(_script(again, {}, _dump, contents))
-    _correct(again.moves, contents)
+    correct(again.moves, contents)
     store.seen(dict(state.listed) | {path: _listed(path) for path in again.touched})
 
 
@@ -666,7 +683,7 @@ def _dump(path: str, name: str) -> Sequence[Element]:
     return nft.elements(path, name)
 
 
-def _correct(moves: Sequence[Move], contents: Contents) -> None:
+def correct(moves: Sequence[Move], contents: Contents) -> None:
     """Put flows right that got packets while their threshold moved."""
     pairs = [
         (move, (path, source.name))
@@ -813,8 +830,10 @@ def _refuse_foreign(unit: Unit, state: State) -> None:
         for theirs in table.queues
         if _collides(queue, theirs)
     ]
+    for link in unit.links:
+        errors += _taken(link, others)
     for policy in unit.policies:
-        owner = next((other for other in others if policy.name in other.names), None)
+        owner = next((o for o in others if policy.name in {*o.names, *o.link_names}), None)
         if owner is not None:
             errors.append(
                 Diagnostic(
@@ -826,6 +845,26 @@ def _refuse_foreign(unit: Unit, state: State) -> None:
             )
     if errors:
         raise CompileError(errors)
+
+
+def _taken(link: Link, others: Sequence[Unit]) -> list[Diagnostic]:
+    """A link's name, and its interface, belong to the file that brought them."""
+    for other in others:
+        for theirs in other.links:
+            same = theirs.name == link.name or theirs.handle == link.handle
+            if same or (overlap(theirs, link) and theirs.ingress == link.ingress):
+                what = "has that name" if same else f"is a link of {theirs.interface}, too"
+                return [
+                    Diagnostic(
+                        "E050", f"`{theirs.name}`, from {other.shown}, {what}", link.at,
+                        help=f"`itmc remove {theirs.name}` first, or write both in one file",
+                    )
+                ]  # fmt: skip
+        if link.name in other.names:
+            help = f"give it another name, or `itmc remove {link.name}` first"
+            message = f"a policy named `{link.name}` is loaded already, from {other.shown}"
+            return [Diagnostic("E050", message, link.span, help=help)]
+    return []
 
 
 def _collides(one: Queue, other: Queue) -> bool:

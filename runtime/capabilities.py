@@ -26,8 +26,9 @@ from itmlang.nft.model import Ruleset
 from itmlang.packet import UDP, Header
 from itmlang.tunnel import PROTOCOL
 from itmlang.values import IPV4
-from runtime import bpf, nft, programs, store
+from runtime import bpf, nft, programs, qdisc, store
 from runtime.errors import MachineError
+from runtime.qdisc import Match, Shape
 from runtime.traffic import (
     MarkRule,
     Namespace,
@@ -145,8 +146,10 @@ def without_tunnels(ruleset: Ruleset) -> Capabilities | None:
 def _answer(feature: Feature, namespace: Namespace) -> Answer:
     try:
         TRIALS[feature.name](namespace)
-    except (_Lacking, nft.NftRefusalError, TrafficError, OSError) as error:
+    except (_Lacking, nft.NftRefusalError, TrafficError) as error:
         return Answer(feature, False, str(error))
+    except OSError as error:
+        return Answer(feature, False, error.strerror or str(error))
     except MachineError as error:  # libnftables fell over it
         return Answer(feature, False, error.message)
     return Answer(feature, True)
@@ -293,6 +296,57 @@ def _has_link(kind: str, **options: str) -> Callable[[Namespace], None]:
                 add_link(place, "doctor2", kind, **options)
 
     return tried
+
+
+_CLASS: Final = 0x1000_0010
+
+
+def _has_htb(_: Namespace) -> None:
+    with _place():
+        lo = socket.if_nametoindex("lo")
+        _shape(lo, default=_CLASS & 0xFFFF)
+        _send(1)
+        _passed(lo, 1)
+
+
+def _has_u32(_: Namespace) -> None:
+    with _place():
+        lo = socket.if_nametoindex("lo")
+        _shape(lo, default=0)
+        words = ((0xFFFF, _PORT, 20),)
+        qdisc.put_filter(lo, _CLASS & ~0xFFFF, Match(1, qdisc.IPV4, words), _CLASS)
+        _send(2)
+        _passed(lo, 2)
+
+
+def _has_ifb(_: Namespace) -> None:
+    if _waits_as_module("ifb"):
+        return
+    with _place():
+        nft.load(_table(_ARRIVED))
+        lo, device = socket.if_nametoindex("lo"), qdisc.add_ifb("doctor2", "doctor")
+        _shape(device, default=_CLASS & 0xFFFF)
+        qdisc.add_clsact(lo)
+        qdisc.put_filter(lo, qdisc.INCOMING, Match(1, qdisc.ALL), 0, redirect=device)
+        _send(1)
+        _counted(1)
+        _passed(device, 1)
+
+
+def _shape(device: int, default: int) -> None:
+    """A tree of HTB with one class."""
+    qdisc.put_root(device, _CLASS & ~0xFFFF, default)
+    qdisc.put_class(device, _CLASS, Shape(qdisc.ROOT, 10**6, 10**6, 10**6, 10**6, 1514))
+    qdisc.put_fifo(device, _CLASS, 10)
+
+
+def _passed(device: int, wanted: int) -> None:
+    """So many packets, at least, must go through the class."""
+    deadline = monotonic() + _ARRIVAL
+    while (packets := qdisc.classes(device)[_CLASS].counts.packets) < wanted:
+        if monotonic() > deadline:
+            raise _Lacking(f"it can be set, but {packets} packets pass instead of {wanted}")
+        sleep(0.01)
 
 
 # The very programs of tunnels, and packets through them, from this machine to itself.
@@ -484,9 +538,10 @@ TRIALS: Final[Mapping[str, Callable[[Namespace], None]]] = {
     "namespaces and veth": _has_veth,
     "native queue": _counts(_chain(f"udp dport {_PORT} queue flags bypass to {_QUEUE}") + "\n" + _ARRIVED),
     "xt queue": _queues_by_xt,
-    "HTB": _has_qdisc("htb"),
+    "HTB": _has_htb,
+    "u32 filters": _has_u32,
+    "IFB": _has_ifb,
     "fq_codel": _has_qdisc("fq_codel"),
-    "IFB": _has_link("ifb"),
     "netem": _has_qdisc("netem"),
     # With a remote end: the one without is made with each namespace.
     "IPIP": _has_link("ipip", ipip_remote="192.0.2.1"),

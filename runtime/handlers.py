@@ -17,7 +17,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, TypeVar
 
-from itmlang.headers import Packet
 from itmlang.semantics import Did
 
 HEADERS: Final = 256  # bytes: IPv6 with extension headers and a whole TCP header
@@ -27,7 +26,8 @@ _PACKAGE: Final = "_itm_handlers"  # of modules that are called as Python's own 
 # Modules that are never the user's, wherever the policy lies.
 _OTHERS: Final = sys.stdlib_module_names | {"__main__", "itmlang", "libitm", "runtime"}
 
-Function = Callable[[Packet], object]
+Function = Callable[..., object]
+PACKET: Final = "one packet"  # what a handler is called with
 F = TypeVar("F", bound=Callable[..., object])
 
 
@@ -90,8 +90,10 @@ def whole_packets(limit: int = LARGEST) -> Callable[[F], F]:
     return mark
 
 
-def load(targets: Iterable[str], beside: Path | None) -> dict[str, Handler]:
+def load(targets: Iterable[str], beside: Path | None, takes: str = PACKET) -> dict[str, Handler]:
     """The handlers by their names (`module:function`); modules beside a policy file come first.
+
+    `takes` says what they are called with, "" for nothing.
 
     Raises `HandlerError`.
     """
@@ -101,7 +103,7 @@ def load(targets: Iterable[str], beside: Path | None) -> dict[str, Handler]:
     found = {}
     for target in sorted(set(targets)):
         try:
-            found[target] = _load(target, beside)
+            found[target] = _load(target, beside, takes)
         except HandlerError as error:
             error.target = target
             raise
@@ -160,7 +162,7 @@ def _importable(name: str, beside: Path | None) -> str:
     return f"{_PACKAGE}.{name}"
 
 
-def _load(target: str, beside: Path | None) -> Handler:
+def _load(target: str, beside: Path | None, takes: str) -> Handler:
     module_name, _, path = target.partition(":")
     try:
         found: Any = importlib.import_module(_importable(module_name, beside))
@@ -183,9 +185,9 @@ def _load(target: str, beside: Path | None) -> Handler:
     with suppress(TypeError, ValueError):  # not every callable tells what it takes
         signature = inspect.signature(found)
         try:
-            signature.bind(None)
+            signature.bind(*([None] if takes else []))
         except TypeError as error:
-            raise HandlerError(f"`{target}` does not take one packet: {error}") from error
+            raise HandlerError(f"`{target}` does not take {takes or 'nothing'}: {error}") from error
     copy, reads = getattr(found, _COPY, (LARGEST, False))
     return Handler(target, found, copy, reads)
 

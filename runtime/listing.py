@@ -23,6 +23,7 @@ _BASE: Final = re.compile(
 )
 _TIME: Final = re.compile(r"(\d+)(ms|d|h|m|s)")
 _UNITS: Final = {"d": 86_400_000, "h": 3_600_000, "m": 60_000, "s": 1000, "ms": 1}
+_SETS: Final = ("set", "map")
 _DEFAULT: Final = re.compile(r"^\s*timeout (\w+)$", re.MULTILINE)  # of a set
 _WORD: Final = r'(?:"[^"]*"|[^\s,{}"]+)'
 _ELEMENT: Final = re.compile(
@@ -56,6 +57,7 @@ class RunningSet:
     size: int
     timeout: int | None
     flags: frozenset[str]
+    kind: str = "set"  # or "map"
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,8 @@ def read_table(text: str, sets: Sequence[Mapping[str, Any]] = ()) -> Running:
     for kind, name, body in _blocks(text):
         if kind == "chain":
             chains[name] = _chain(body)
-        elif kind == "set":
-            found[name] = _set(body, types.get(name, ()))
+        elif kind in _SETS:
+            found[name] = _set(body, types.get(name, ()), kind)
         elif kind == "counter":
             counters.append(name)
         elif kind == "flags":
@@ -152,17 +154,20 @@ def _chain(body: Sequence[str]) -> RunningChain:
     return RunningChain(hook, tuple(rules), tuple(handles), drops)
 
 
-def _set(body: Sequence[str], types: str | Sequence[str]) -> RunningSet:
+def _set(body: Sequence[str], types: str | Sequence[str], kind: str) -> RunningSet:
     size, timeout, flags = 0, None, frozenset[str]()
     for line in body:
         word, _, rest = line.partition(" ")
-        if word == "size":
+        if word == "type" and kind == "map":
+            types = tuple(rest.partition(" : ")[0].split(" . "))
+        elif word == "size":
             size = int(rest.split()[0])
         elif word == "timeout":
             timeout = milliseconds(rest)
         elif word == "flags":
             flags = frozenset(rest.split(","))
-    return RunningSet((types,) if isinstance(types, str) else tuple(types), size, timeout, flags)
+    fields = (types,) if isinstance(types, str) else tuple(types)
+    return RunningSet(fields, size, timeout, flags, kind)
 
 
 def milliseconds(text: str) -> int:

@@ -1,19 +1,24 @@
-"""What the kernel tells of nftables and connections, where libnftables asks for too much or nothing.
+"""Netlink's own bytes, where a library asks for too much or nothing.
 
 For the names of tables, or the counters of one, libnftables 1.0.6 fetches every rule of
 every table first, those of other tools included. The kernel answers each with one dump.
+`runtime/qdisc.py` sends and reads what is here for queues.
 """
 
 import os
 import socket
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Final
 
 # From include/uapi/linux: netlink.h, netfilter/nfnetlink.h, netfilter/nf_tables.h.
 _NETLINK_NETFILTER: Final = 12
-_NLM_F_REQUEST, _NLM_F_DUMP_INTR, _NLM_F_DUMP = 0x1, 0x10, 0x300
+_NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_DUMP_INTR, _NLM_F_DUMP = 0x1, 0x4, 0x10, 0x300
+_NLM_F_CAPPED, _NLM_F_ACK_TLVS = 0x100, 0x200
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
+_SOL_NETLINK, _NETLINK_CAP_ACK, _NETLINK_EXT_ACK = 270, 10, 11
+_NLMSGERR_ATTR_MSG: Final = 1
 _NFNL_SUBSYS_NFTABLES: Final = 10
 _NFT_MSG_GETTABLE, _NFT_MSG_GETOBJ = 1, 19
 _NFTA_TABLE_NAME: Final = 1
@@ -24,7 +29,7 @@ _NFTA_COUNTER_BYTES, _NFTA_COUNTER_PACKETS = 1, 2
 _CONNECTIONS: Final = 1
 _CT_NEW, _CT_GET = 0, 1
 _CTA_TUPLE_ORIG, _CTA_MARK, _CTA_ZONE, _CTA_MARK_MASK = 1, 8, 18, 21
-_NESTED: Final = 0x8000
+NESTED: Final = 0x8000
 _TYPE: Final = 0x3FFF  # of an attribute, without its flags
 _FAMILIES: Final = {1: "inet", 5: "netdev"}
 
@@ -47,12 +52,12 @@ def counters(path: str) -> Iterator[tuple[str, int, int]]:
     """
     family, _, table = path.partition(" ")
     number = next(number for number, name in _FAMILIES.items() if name == family)
-    asked = _attribute(_NFTA_OBJ_TABLE, table.encode() + b"\0") + _attribute(
+    asked = attribute(_NFTA_OBJ_TABLE, table.encode() + b"\0") + attribute(
         _NFTA_OBJ_TYPE, struct.pack("!I", _NFT_OBJECT_COUNTER)
     )
     for _, found in _dump(_NFT_MSG_GETOBJ, number, asked):
         if _text(found[_NFTA_OBJ_TABLE]) == table:
-            data = dict(_attributes(found[_NFTA_OBJ_DATA]))
+            data = dict(attributes(found[_NFTA_OBJ_DATA]))
             yield (
                 _text(found[_NFTA_OBJ_NAME]),
                 int.from_bytes(data[_NFTA_COUNTER_PACKETS], "big"),
@@ -68,14 +73,14 @@ def clear_marks(bits: int) -> int:
         if int.from_bytes(one.get(_CTA_MARK, b"")) & bits
     ]
     # ctnetlink_change_mark: the mask's bits are cleared, then those of the mark are turned.
-    cleared = _attribute(_CTA_MARK, bytes(4)) + _attribute(_CTA_MARK_MASK, bits.to_bytes(4))
+    cleared = attribute(_CTA_MARK, bytes(4)) + attribute(_CTA_MARK_MASK, bits.to_bytes(4))
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER) as netlink:
         for family, one in found:
-            body = _GENERIC.pack(family, 0, 0) + _attribute(
-                _CTA_TUPLE_ORIG | _NESTED, one[_CTA_TUPLE_ORIG]
+            body = _GENERIC.pack(family, 0, 0) + attribute(
+                _CTA_TUPLE_ORIG | NESTED, one[_CTA_TUPLE_ORIG]
             )
             if _CTA_ZONE in one:
-                body += _attribute(_CTA_ZONE, one[_CTA_ZONE])
+                body += attribute(_CTA_ZONE, one[_CTA_ZONE])
             kind = _CONNECTIONS << 8 | _CT_NEW
             length = _HEADER.size + len(body) + len(cleared)
             # A connection that has ended meanwhile needs none: no answer is asked for.
@@ -86,21 +91,51 @@ def clear_marks(bits: int) -> int:
 def _dump(
     kind: int, family: int, asked: bytes = b"", subsystem: int = _NFNL_SUBSYS_NFTABLES
 ) -> list[tuple[int, dict[int, bytes]]]:
-    """All objects of a kind: (family, attributes), asked again if they changed meanwhile."""
-    body = _GENERIC.pack(family, 0, 0) + asked
+    """All objects of a kind: (family, attributes)."""
+    bodies = dump(_NETLINK_NETFILTER, subsystem << 8 | kind, _GENERIC.pack(family, 0, 0) + asked)
+    return [(body[0], dict(attributes(body[_GENERIC.size :]))) for body in bodies]
+
+
+def dump(protocol: int, kind: int, asked: bytes) -> list[bytes]:
+    """What the kernel answers to a dump, by its bodies, asked again if they changed meanwhile.
+
+    `protocol` is that of the socket, `kind` the type of the request. Raises `OSError`.
+    """
     flags = _NLM_F_REQUEST | _NLM_F_DUMP
-    message = _HEADER.pack(_HEADER.size + len(body), subsystem << 8 | kind, flags, 0, 0)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER) as netlink:
+    message = _HEADER.pack(_HEADER.size + len(asked), kind, flags, 0, 0) + asked
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as netlink:
         while True:
-            netlink.send(message + body)
+            netlink.send(message)
             found, torn = _answer(netlink)
             if not torn:
                 return found
 
 
-def _answer(netlink: socket.socket) -> tuple[list[tuple[int, dict[int, bytes]]], bool]:
+def request(protocol: int, kind: int, flags: int, body: bytes) -> None:
+    """Have the kernel do something. Raises `OSError`, with the kernel's own words if it has any."""
+    flags |= _NLM_F_REQUEST | _NLM_F_ACK
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as netlink:
+        with suppress(OSError):  # older than its words
+            for option in (_NETLINK_EXT_ACK, _NETLINK_CAP_ACK):
+                netlink.setsockopt(_SOL_NETLINK, option, 1)
+        netlink.send(_HEADER.pack(_HEADER.size + len(body), kind, flags, 0, 0) + body)
+        answer = netlink.recv(1 << 17)
+    _, _, flags, _, _ = _HEADER.unpack_from(answer)
+    (code,) = struct.unpack_from("=i", answer, _HEADER.size)
+    if not code:
+        return
+    words = os.strerror(-code)
+    if flags & _NLM_F_ACK_TLVS:
+        length, *_ = _HEADER.unpack_from(answer, _HEADER.size + 4)
+        told = _HEADER.size + 4 + (_HEADER.size if flags & _NLM_F_CAPPED else length)
+        message = dict(attributes(answer[told:])).get(_NLMSGERR_ATTR_MSG)
+        words += f" ({_text(message)})" if message else ""
+    raise OSError(-code, words)
+
+
+def _answer(netlink: socket.socket) -> tuple[list[bytes], bool]:
     """The objects of one dump; did they change while it was made?"""
-    found: list[tuple[int, dict[int, bytes]]] = []
+    found: list[bytes] = []
     torn = False
     while True:
         data = netlink.recv(1 << 17)
@@ -115,10 +150,11 @@ def _answer(netlink: socket.socket) -> tuple[list[tuple[int, dict[int, bytes]]],
                 if code:  # negative
                     raise OSError(-code, os.strerror(-code))
                 return found, torn
-            found.append((body[0], dict(_attributes(body[_GENERIC.size :]))))
+            found.append(body)
 
 
-def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+def attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """(type, value) of each attribute, without the flags of its type."""
     at = 0
     while at < len(data):
         length, kind = _ATTRIBUTE.unpack_from(data, at)
@@ -126,7 +162,8 @@ def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
         at += _aligned(length)
 
 
-def _attribute(kind: int, value: bytes) -> bytes:
+def attribute(kind: int, value: bytes) -> bytes:
+    """As the kernel reads it; `NESTED` in `kind` says that there are others inside."""
     length = _ATTRIBUTE.size + len(value)
     return _ATTRIBUTE.pack(length, kind) + value + bytes(_aligned(length) - length)
 

@@ -19,6 +19,7 @@ from difflib import SequenceMatcher
 from ipaddress import IPv4Address
 from typing import Final
 
+from itmlang.links import Link, rate_text
 from itmlang.nft.model import Chain, Counter, FlowSet, Rule, Table, Tunnel, ValueSet
 from itmlang.nft.text import Text, print_part, print_ruleset, rule_line
 from itmlang.source import Span
@@ -34,6 +35,7 @@ _ASKED: Final = re.compile(r"@([\w.]+)")
 
 _BUCKETS: Final = "buckets start full"
 _AGAIN: Final = {
+    "control": "the file's value holds until its controller moves it again",
     "bucket": _BUCKETS,
     "limit": _BUCKETS,
     "recent": "flows over the rate are found again within a second",
@@ -47,7 +49,7 @@ class Change:
     """What becomes of one object.
 
     `action` is "create", "keep", "migrate", "replace" or "delete"; `kind` "table",
-    "chain", "set", "counter" or "tunnel" (of the kernel's). `learned` says what becomes of what it learned: "kept",
+    "chain", "set", "counter", "tunnel" (of the kernel's) or "link". `learned` says what becomes of what it learned: "kept",
     "carried", "lost", or "" where it learns nothing. `rules` are the rules that come
     ("+"), go ("-") or only point to another line ("~").
     """
@@ -118,8 +120,8 @@ class Plan:
     @property
     def empty(self) -> bool:
         """Is everything as it is wanted?"""
-        tunnels = any(c.kind == "tunnel" and c.action != "keep" for c in self.changes)
-        return not (self.before.lines or self.after.lines or tunnels)
+        beside = any(c.kind in ("tunnel", "link") and c.action != "keep" for c in self.changes)
+        return not (self.before.lines or self.after.lines or beside)
 
     @property
     def digest(self) -> str:
@@ -195,6 +197,7 @@ class _Planning:
         for planning in plannings:  # now it is known what goes on elsewhere
             planning.forget()
         self._tunnels()
+        self._links()
         self._hang()
         before, after = self.clear, Script()
         if fresh is not None:
@@ -265,6 +268,29 @@ class _Planning:
             elif _way(before[key][1]) != note:
                 action, note = "replace", f"{_way(before[key][1])} -> {note}"
             self.changes.append(Change(action, "tunnel", path, *key, note))
+
+    def _links(self) -> None:
+        """What becomes of the links; `runtime.steering` does it, too."""
+        wanted = {link.name: link for link in self.wanted.active_links}
+        before = {link.name: link for link in self.before.active_links}
+        own = {
+            link.name
+            for state in (self.wanted, self.before)
+            for unit in state.units
+            if not unit.policies or any(t.path in self.scope for t in unit.ruleset.tables)
+            for link in unit.links
+        }
+        for name in dict.fromkeys([*before, *wanted]):
+            told = shape(wanted.get(name) or before[name])
+            action, note = "keep", told
+            if name not in wanted:
+                action = "delete"
+            elif name not in before:
+                action = "create"
+            elif shape(before[name]) != told:
+                action, note = "replace", f"{shape(before[name])} -> {told}"
+            if action != "keep" or name in own:
+                self.changes.append(Change(action, "link", "", name, name, note))
 
     # Base chains, which run in an order.
 
@@ -371,7 +397,7 @@ class _TablePlanning:
             (self.path, one) for name, one in self.old_sets.items() if name in self.gone
         ]
         for name in sorted(self.gone):
-            self.whole.clear.say(f"delete set {self.path} {name}")
+            self.whole.clear.say(f"delete {self.running.sets[name].kind} {self.path} {name}")
         if counters or values or sets or new or not self.exists:
             self.whole.declare.part(
                 print_part(
@@ -385,6 +411,10 @@ class _TablePlanning:
         for edit in edits:
             self._edit(edit)
         if self._lines() != begun:
+            # A map's elements would hold on to chains that go. Its controller writes them again.
+            for name, running in self.running.sets.items():
+                if running.kind == "map":
+                    self.whole.clear.say(f"flush map {self.path} {name}")
             self.whole.touched[self.path] = None
 
     def _lines(self) -> int:
@@ -483,15 +513,23 @@ class _TablePlanning:
 
     def _holds(self, one: FlowSet, said: FlowSet | None, running: RunningSet) -> bool:
         """Do the set's elements say what they should?"""
-        if one.role in ("count", "learned"):
+        if one.role in ("count", "learned", "control"):
             return True
         if one.role == "young":
             return running.timeout == one.timeout  # the age itself
-        if said is None or not self.as_written:
+        if said is None or not self.as_written or self._moved(one):
             return False
         return (said.statement, said.threshold, said.attribute) == (
             one.statement, one.threshold, one.attribute,
         )  # fmt: skip
+
+    def _moved(self, one: FlowSet) -> bool:
+        """Had the policy a controller that may have moved the threshold, and has it none now?"""
+        old, new = (
+            any(s.role == "control" and s.policy == one.policy for s in sets)
+            for sets in (self.old_sets.values(), self.table.sets)
+        )
+        return old and not new
 
     def _fill(self, one: FlowSet, action: str, note: str, *, emptied: bool) -> None:
         """How the set gets what it should hold; without a way, it begins empty."""
@@ -706,13 +744,14 @@ class _TablePlanning:
         """Sets and counters that the kernel has and nobody wants any more."""
         begun, tidy = self._lines(), self.whole.tidy
         wanted = {s.name for s in self.table.sets} | {v.name for v in self.table.values}
-        for name in [name for name in self.running.sets if name not in wanted]:
-            tidy.say(f"delete set {self.path} {name}")
+        going = [name for name in self.running.sets if name not in wanted]
+        for name in sorted(going, key=lambda n: self.running.sets[n].kind != "map"):
+            tidy.say(f"delete {self.running.sets[name].kind} {self.path} {name}")
             said_set = self.old_sets.get(name)
             if said_set is not None:
                 self.whole.leaving.sets.append((self.path, said_set))
             self._change(
-                "delete", "set", said_set.policy if said_set else "", name,
+                "delete", self.running.sets[name].kind, said_set.policy if said_set else "", name,
                 *self._forgotten(said_set),
             )  # fmt: skip
         counters = {c.name for c in self.table.counters}
@@ -848,11 +887,30 @@ def _elements_note(one: ValueSet, said: ValueSet | None, sound: bool) -> str:
     return f"{len(new - old)} elements come, {len(old - new)} go"
 
 
+def shape(link: Link) -> str:
+    """All that is asked of a link, in words."""
+    classes = []
+    for one in link.classes:
+        parts = [f"{one.name} priority {one.priority}"]
+        parts += [f"at least {rate_text(one.least)}"] if one.least else []
+        parts += [f"at most {rate_text(one.most)}"] if one.most < link.rate else []
+        parts += [f"queue {one.queue}"] if one.queue else []
+        parts += [f"inner {one.inner}"] if one.inner else []
+        parts += [f"dscp {', '.join(map(str, one.dscp))}"] if one.dscp else []
+        parts += ["otherwise"] if one.number == link.otherwise else []
+        classes.append(" ".join(parts))
+    at = f"{link.interface}{' ingress' if link.ingress else ''}"
+    return f"{at} {rate_text(link.rate)}: {'; '.join(classes)}"
+
+
 def _other_form(one: FlowSet, running: RunningSet) -> str:
     """Why a set cannot stay what it is, "" if it can."""
     if running.types != one.types:
         return "another key"
-    if ("timeout" in running.flags) != one.timed or "dynamic" not in running.flags:
+    if running.kind != ("map" if one.role == "control" else "set"):
+        return "of another kind"
+    dynamic = one.role == "control" or "dynamic" in running.flags
+    if ("timeout" in running.flags) != one.timed or not dynamic:
         return "other flags"
     if (running.timeout is None) != (one.timeout is None):
         # Its elements could never get a time, or lose theirs.
@@ -924,7 +982,10 @@ def drift(table: Table, running: Running, seen: Mapping[str, str], on: Iterable[
     ]
     known = {s.name for s in table.sets} | {v.name for v in table.values}
     found += [f"set {name} is gone" for name in sorted(known - set(running.sets))]
-    found += [f"set {name} was added" for name in sorted(set(running.sets) - known - set(now))]
+    found += [
+        f"{running.sets[name].kind} {name} was added"
+        for name in sorted(set(running.sets) - known - set(now))
+    ]
     found += [
         f"set {one.name} was changed"
         for one in table.sets

@@ -31,15 +31,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from itmlang.diagnostics import CompileError, Diagnostic
-from runtime import steering, talk, worker
+from runtime import decisions, steering, talk
 from runtime.errors import MachineError
+from runtime.jobs import ControlJob, Job, QueueJob, TimerJob
 from runtime.life import BEAT, Life
 from runtime.netqueue import release
 from runtime.pathmtu import PathMtu
 from runtime.state import State
 from runtime.store import Store, directory
 from runtime.talk import Listener, ask
-from runtime.worker import Job
 
 _CARE: Final = BEAT / 2  # seconds between two looks after the workers
 _SILENT: Final = 2.0  # seconds after which a worker that says nothing is ended
@@ -52,25 +52,34 @@ _LONGEST_MESSAGE: Final = 1 << 16
 _LOG_SIZE: Final = 1 << 20
 _RATE: Final = 20  # lines of the log a second, of all workers
 
+_DOES: Final[Mapping[type, str]] = {QueueJob: "queue", ControlJob: "control", TimerJob: "timers"}
+
 Reply = Callable[[Mapping[str, Any]], None]
 
 
-def queues(state: State) -> dict[str, Job]:
-    """The jobs of all queues of a state that no program serves by itself, by name."""
-    jobs = [
-        Job(unit, queue, number)
-        for unit in state.units
-        if not unit.program
-        for table in unit.ruleset.tables
-        for queue in table.queues
-        for number in range(queue.first, queue.first + queue.many)
-    ]
-    return {job.name: job for job in jobs}
+def jobs(state: State) -> dict[str, Job]:
+    """What is to be done for a state, by name: all queues that no program serves by itself, the
+    controllers and timers of the policies that are on."""
+    found: list[Job] = []
+    on = {entry.name for entry in state.policies if entry.on}
+    for unit in (unit for unit in state.units if not unit.program):
+        for table in unit.ruleset.tables:
+            found += [
+                QueueJob(unit, queue, number)
+                for queue in table.queues
+                for number in range(queue.first, queue.first + queue.many)
+            ]
+            controlled = dict.fromkeys(one.policy for one in table.controllers)
+            found += [ControlJob(unit, name, table) for name in controlled if name in on]
+            for name in dict.fromkeys(one.policy for one in table.timers if one.policy in on):
+                timers = tuple(one for one in table.timers if one.policy == name)
+                found.append(TimerJob(unit, name, timers))
+    return {job.name: job for job in found}
 
 
-def tunnelled(state: State) -> bool:
-    """Has a state tunnels of the kernel's?"""
-    return any(table.tunnels for table in state.tables)
+def looked_after(state: State) -> bool:
+    """Has a state what must follow the machine's links: tunnels of the kernel's, links?"""
+    return bool(state.active_links) or any(table.tunnels for table in state.tables)
 
 
 # For those who ask.
@@ -82,7 +91,7 @@ def prepare(folder: Path, number: int, state: State, files: Collection[str]) -> 
     Handlers that policies of these files call are loaded anew.
     Starts the runtime if there is none. Raises `MachineError` if a worker cannot start.
     """
-    if not queues(state) and not tunnelled(state):
+    if not jobs(state) and not looked_after(state):
         return
     if not talk.lives(folder):
         _start(folder)
@@ -104,9 +113,9 @@ def _unloaded(state: State, answer: Mapping[str, Any]) -> Diagnostic:
     span = next(
         (
             span
-            for job in queues(state).values()
-            if job.queue.policy == answer["policy"]
-            for target, span in job.queue.calls
+            for job in jobs(state).values()
+            if job.policy == answer["policy"]
+            for target, span in job.calls
             if target == answer["target"]
         ),
         None,
@@ -178,6 +187,7 @@ class _Worker:
     link: socket.socket | None = None
     queue: socket.socket | None = None  # a copy of the one that it reads
     ready: bool = False
+    going: bool = False  # of controllers and timers: told to begin
     heard: float = 0.0
     begun: float = 0.0
     started: int = 0
@@ -221,6 +231,7 @@ class Runtime:
         self._notify = os.environ.pop("NOTIFY_SOCKET", "")  # of whoever waits until we serve
         self._cared = time.monotonic()
         self._trouble = ""
+        self._follows = False  # is there what must follow the machine's links?
         self._tunnels = False  # of the kernel's, whose paths must be looked after
         self._paths = PathMtu()
         self._links: list[tuple[int, str]] = []  # at which the tunnels are as they should be
@@ -269,21 +280,33 @@ class Runtime:
         self._prepared = None
         try:
             state = Store(self._folder).state
-            self._wanted, self._tunnels = queues(state), tunnelled(state)
+            self._wanted, self._follows = jobs(state), looked_after(state)
+            self._tunnels = any(table.tunnels for table in state.tables)
+            self._mend = 0.0
         except MachineError as error:
             self._say(f"the state cannot be read: {error.message}")
             return
         self._arrange()
         for one in self._workers.values():
             # Queues whose numbers the policy gives stay, whatever is done behind them.
-            if one.process and not one.ending and one.part != one.job.queue.part:
+            if one.process and not one.ending and one.part != one.job.part:
                 self._restart(one)
+        self._let_go()
         self._beat(time.monotonic())
         self._stop_unneeded()
 
+    def _let_go(self) -> None:
+        """Controllers and timers begin when what they are for holds."""
+        for name, one in self._workers.items():
+            begins = not isinstance(one.job, QueueJob) and name in self._wanted and one.well
+            if begins and not one.going and one.link is not None:
+                one.going = True
+                with suppress(OSError):
+                    one.link.send(b'{"command": "go"}')
+
     def _stop_unneeded(self) -> None:
         """End where nobody needs it; whoever started it may still be about to ask."""
-        needed = self._wanted or self._tunnels or self._workers or self._prepared is not None
+        needed = self._wanted or self._follows or self._workers or self._prepared is not None
         if self._detached and not needed and (self._used or time.monotonic() >= self._until):
             self._stopping = True
 
@@ -307,10 +330,10 @@ class Runtime:
             reply({"error": error.message})
             return
         now, self._used = time.monotonic(), True
-        jobs = queues(state)
-        self._prepared = jobs, now + _UNCLAIMED
+        wanted = jobs(state)
+        self._prepared = wanted, now + _UNCLAIMED
         self._arrange()
-        for name in jobs:
+        for name in wanted:
             one = self._workers[name]
             one.again, one.failures, one.error, one.target = 0.0, 0, "", ""
             if one.process and not one.well and not one.restarting:
@@ -319,19 +342,19 @@ class Runtime:
                 one.reloading = True
                 with suppress(OSError):
                     one.link.send(b'{"command": "reload"}')
-        self._preparing.append(_Preparing(frozenset(jobs), now + _PREPARED, reply))
+        self._preparing.append(_Preparing(frozenset(wanted), now + _PREPARED, reply))
         self._care(now)
 
     @staticmethod
     def _late(workers: list[_Worker]) -> dict[str, Any]:
         """Why workers are not ready in time: what they wait for is in most cases an import."""
         late = next((w for w in workers if not w.well), workers[0])
-        queue = late.job.queue
-        if not queue.calls:
-            return {"error": f"the worker of `{queue.policy}` takes too long to start"}
-        target = queue.calls[0][0]
+        policy, calls = late.job.policy, late.job.calls
+        if not calls:
+            return {"error": f"the worker of `{policy}` takes too long to start"}
+        target = calls[0][0]
         error = f"`{target}` takes too long to be imported"
-        return {"error": error, "target": target, "policy": queue.policy}
+        return {"error": error, "target": target, "policy": policy}
 
     def _answer_preparing(self, now: float) -> None:
         for one in list(self._preparing):
@@ -343,7 +366,7 @@ class Runtime:
                 self._preparing.remove(one)
                 continue
             if failed is not None:
-                policy = failed.job.queue.policy
+                policy = failed.job.policy
                 one.reply({"error": failed.error, "target": failed.target, "policy": policy})
             elif ready:
                 one.reply({"ready": True})
@@ -381,7 +404,7 @@ class Runtime:
             elif not one.process and not one.ending and now >= one.again:
                 self._begin(one, now)
         self._beat(now)
-        self._mend_tunnels(now)
+        self._mend_links(now)
         self._answer_preparing(now)
         if self._notify and all(
             one.well or one.error for name, one in self._workers.items() if name in self._wanted
@@ -391,24 +414,35 @@ class Runtime:
         if self._detached and not self._folder.exists():
             self._stopping = True  # nobody can want anything of it any more
 
-    def _mend_tunnels(self, now: float) -> None:
-        """Give the kernel's tunnels the MTU that their paths have by now, and have them at links
-        that came lately: at boot, all come late."""
-        if not self._tunnels or now < self._mend:
+    def _mend_links(self, now: float) -> None:
+        """Have qdiscs and the kernel's tunnels at links that came lately (at boot, all come late),
+        and give tunnels the MTU that their paths have by now."""
+        if not self._follows or now < self._mend:
             return
-        from runtime import tunnels  # 0.2 s that most need not
-
         self._mend = now + _MENDED
         links, trouble = socket.if_nameindex(), ""
         try:
-            if links != self._links and steering.mend(self._folder):
+            if links != self._links and steering.mend(self._folder, self._controlled()):
                 self._links = links
-            tunnels.refresh(self._paths)
+            if self._tunnels:
+                from runtime import tunnels  # 0.2 s that most need not
+
+                tunnels.refresh(self._paths)
         except MachineError as error:
             trouble = error.message
         if trouble and trouble != self._amiss:
             self._say(trouble)
         self._amiss = trouble
+
+    def _controlled(self) -> set[str]:
+        """The links whose rates controllers write now."""
+        return {
+            each.link
+            for one in self._workers.values()
+            if one.process and isinstance(one.job, ControlJob)
+            for each in one.job.controllers
+            if each.link
+        }
 
     def _begin(self, one: _Worker, now: float) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -417,7 +451,7 @@ class Runtime:
             status = 1
             try:
                 _leave_behind(theirs)
-                worker.work(one.job, theirs)
+                _work(one.job, theirs)
                 status = 0
             except BaseException as error:
                 with suppress(OSError):
@@ -427,7 +461,8 @@ class Runtime:
         theirs.close()
         ours.setblocking(False)
         one.process, one.link, one.ready, one.heard = child, ours, False, now + _PREPARED
-        one.begun, one.part = now, one.job.queue.part
+        one.going = False
+        one.begun, one.part = now, one.job.part
         one.started += 1
         self._selector.register(ours, selectors.EVENT_READ, lambda: self._hear(one))
 
@@ -460,6 +495,7 @@ class Runtime:
         one.heard = time.monotonic()
         if message.get("ready"):
             one.ready, one.error, one.target = True, "", ""
+            self._let_go()
             self._beat(one.heard)
         if "counts" in message:
             one.counts = message["counts"]
@@ -494,8 +530,13 @@ class Runtime:
             one.process, one.link, one.ready, one.reloading = 0, None, False, False
             one.before = _added(one.before, one.counts)
             one.counts = {}
+            if isinstance(one.job, ControlJob):
+                self._links = []  # rates that it wrote are to be the file's again
+                self._mend = 0.0
             if one.ending:
                 del self._workers[name]
+                if isinstance(one.job, ControlJob):
+                    self._forget_decisions()
                 continue
             if one.restarting:
                 one.restarting, one.again = False, now
@@ -510,10 +551,16 @@ class Runtime:
             one.again = now + min(_LONGEST_PAUSE, 0.1 * 2 ** (one.failures - 1))
         self._stop_unneeded()
 
+    def _forget_decisions(self) -> None:
+        """A controller may have written a line after its policy was removed."""
+        with suppress(MachineError):
+            decisions.forget(self._folder, Store(self._folder).state.names)
+
     def _release(self, one: _Worker) -> None:
         """Let go unserved what waits for a worker that is gone, or is about to go."""
         if one.queue is None:
             return
+        assert isinstance(one.job, QueueJob)
         with one.queue, suppress(OSError):
             release(one.queue, one.job.number)
         one.queue = None
@@ -539,13 +586,16 @@ class Runtime:
         for one in self._workers.values():
             if one.process:
                 os.kill(one.process, signal.SIGKILL)
+        if self._follows and not self._links:  # a controller ended
+            with suppress(MachineError, OSError):
+                steering.mend(self._folder)
 
     # The sign of life.
 
     def _beat(self, now: float) -> None:
         by_policy: dict[int, list[_Worker]] = {}
         for one in self._workers.values():
-            if not one.ending:
+            if not one.ending and isinstance(one.job, QueueJob):
                 by_policy.setdefault(one.job.queue.first, []).append(one)
         trouble = ""
         for first, workers in sorted(by_policy.items()):
@@ -591,11 +641,13 @@ class Runtime:
             "log": self._last,
             "workers": [
                 {
-                    "policy": one.job.queue.policy,
-                    "queue": one.job.number,
+                    "policy": one.job.policy,
+                    "does": _DOES[type(one.job)],
+                    "queue": one.job.number if isinstance(one.job, QueueJob) else None,
                     "process": one.process,
                     "ready": one.well,
                     "started": one.started,
+                    "age": round(time.monotonic() - one.begun, 3),
                     "error": one.error,
                     "counts": _added(one.before, one.counts),
                 }
@@ -613,6 +665,23 @@ class Runtime:
         if self._logged <= _RATE:
             self._log.warning("%s", text)
             self._last = [*self._last[-19:], text]
+
+
+def _work(job: Job, link: socket.socket) -> None:
+    """Do a job, in a process of its own: what most commands need not is imported there."""
+    match job:
+        case QueueJob():
+            from runtime import worker
+
+            worker.work(job, link)
+        case ControlJob():
+            from runtime import controller
+
+            controller.work(job, link)
+        case TimerJob():
+            from runtime import timers
+
+            timers.work(job, link)
 
 
 def _added(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

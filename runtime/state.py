@@ -8,6 +8,7 @@ others change is noticed. Pure; `runtime.store` keeps it on disk.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from itmlang.links import Link
 from itmlang.nft.model import Table
 from runtime.units import Unit
 
@@ -33,6 +34,7 @@ class State:
     policies: tuple[Entry, ...] = ()
     listed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     generation: int = 0
+    resting: frozenset[str] = frozenset()  # links that are off
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -58,6 +60,16 @@ class State:
         for unit in self.units:
             yield from unit.ruleset.tables
 
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """All links, in the order of their units."""
+        return tuple(link for unit in self.units for link in unit.links)
+
+    @property
+    def active_links(self) -> tuple[Link, ...]:
+        """Those that are on."""
+        return tuple(link for link in self.links if link.name not in self.resting)
+
     def with_unit(self, unit: Unit, now: float) -> "State":
         """The state with a unit in the place of the one from the same file, or behind all others.
 
@@ -82,18 +94,28 @@ class State:
                 if first.name in known:
                     break
         units = tuple(unit if one is old else one for one in self.units)
-        return replace(self, units=units if old else (*units, unit), policies=(*placed, *queue))
+        made = replace(self, units=units if old else (*units, unit), policies=(*placed, *queue))
+        return made._rested(self.resting)
+
+    def _rested(self, resting: frozenset[str]) -> "State":
+        """The state with those of some links off that it has."""
+        return replace(self, resting=resting & {link.name for link in self.links})
 
     def without(self, names: set[str]) -> "State":
         """The state without some policies."""
-        units = (unit.without(names) if names & set(unit.names) else unit for unit in self.units)
-        return replace(
+        units = (
+            unit.without(names) if names & {*unit.names, *unit.link_names} else unit
+            for unit in self.units
+        )
+        made = replace(
             self,
-            units=tuple(unit for unit in units if unit.policies),
+            units=tuple(unit for unit in units if unit.policies or unit.links),
             policies=tuple(entry for entry in self.policies if entry.name not in names),
         )
+        return made._rested(self.resting)
 
     def switched(self, names: set[str], *, on: bool) -> "State":
-        """The state with some policies on or off."""
+        """The state with some policies and links on or off."""
         entries = (replace(e, on=on) if e.name in names else e for e in self.policies)
-        return replace(self, policies=tuple(entries))
+        resting = self.resting - names if on else self.resting | names
+        return replace(self, policies=tuple(entries))._rested(resting)

@@ -1,17 +1,19 @@
 """What runs: the loaded policies in their order, what they counted, what others changed."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from itmlang.control import Controller, Timer
 from itmlang.diagnostics import did_you_mean
 from itmlang.nft.model import TABLE_PREFIX, FlowSet, Table
-from runtime import netqueue, nft, steering
+from runtime import decisions, netqueue, nft, steering
 from runtime.apply import kernel, our_tables
 from runtime.errors import UsageError
 from runtime.plan import drift
-from runtime.state import State
+from runtime.state import Entry, State
 from runtime.store import Store, directory, load, now, reading, waiting
 from runtime.talk import ask, lives
 from runtime.warden import overdue
@@ -79,6 +81,88 @@ class PythonStatus:
 
 
 @dataclass(frozen=True)
+class LinkClassStatus:
+    """A class of a link: what it has sent, what it dropped, and what waits in it now."""
+
+    name: str
+    priority: int
+    packets: int
+    bytes: int
+    drops: int
+    waiting: int  # packets
+    waiting_bytes: int
+
+
+@dataclass(frozen=True)
+class LinkStatus:
+    """A scheduled interface.
+
+    `state` is "on", "off" or "waiting" (no interface is there). `rate` is what it is shaped to
+    now, `file_rate` what its file says, in bytes a second; they differ while a
+    controller moves it. `interfaces` are those that are here. Counts are of all of them.
+    """
+
+    name: str
+    state: str
+    file: str
+    interface: str
+    ingress: bool
+    rate: int
+    file_rate: int
+    interfaces: tuple[str, ...]
+    classes: tuple[LinkClassStatus, ...]
+    drift: bool
+    changed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TimerStatus:
+    """A timer: how often it was called, and was not because it was still at it.
+
+    `trouble` is what keeps it from being called, "" for nothing.
+    """
+
+    target: str
+    period: int  # milliseconds
+    called: int
+    skipped: int
+    failed: int
+    trouble: str = ""
+
+
+@dataclass(frozen=True)
+class ControlStatus:
+    """A controller: what it writes, where that is now and where the file has it.
+
+    `value` and `sample` are None as long as nothing was decided since it began; they are in the
+    units of `itmlang.control`. In a dry run, `value` is what it would have written, and `would`
+    the same as a policy has it ("" otherwise); so are `in_force` and `in_file`. `at` is when it
+    decided last, in seconds since the epoch. `trouble` is what keeps it from running, "" for
+    nothing.
+    """
+
+    written: str
+    value: float | None
+    base: float
+    measure: str
+    unit: str
+    sample: float | None
+    target: float
+    law: str
+    dry: bool
+    reason: str
+    blocked: str
+    trouble: str
+    period: int  # milliseconds
+    low: float
+    high: float
+    in_force: str
+    in_file: str
+    would: str
+    at: float | None
+
+
+@dataclass(frozen=True)
 class PolicyStatus:
     """A loaded policy.
 
@@ -100,6 +184,21 @@ class PolicyStatus:
     changed: tuple[str, ...] = ()
     parameters: Mapping[str, str] = field(default_factory=dict)
     python: PythonStatus | None = None
+    control: tuple[ControlStatus, ...] = ()
+    timers: tuple[TimerStatus, ...] = ()
+
+
+@dataclass(frozen=True)
+class Glance:
+    """What `glance` saw at a moment (seconds of the monotonic clock).
+
+    Of policies without flows, learned sets and drift, of links without drift.
+    """
+
+    at: float
+    state: State
+    policies: tuple[PolicyStatus, ...]
+    links: tuple[LinkStatus, ...]
 
 
 @dataclass(frozen=True)
@@ -137,22 +236,146 @@ def pending() -> Waiting | None:
     return Waiting(found.generation, found.back, left, late)
 
 
-def loaded() -> tuple[PolicyStatus, ...]:
-    """All loaded policies in the order they run, without counts."""
-    return _statuses(counts=False)
+def loaded(known: State | None = None) -> tuple[PolicyStatus, ...]:
+    """All loaded policies in the order they run, without counts; `known` is the state, if it was
+    read already."""
+    return _statuses(counts=False, known=known)
 
 
-def status(names: Sequence[str] = ()) -> tuple[PolicyStatus, ...]:
-    """The loaded policies (or those named) with their counts.
+def status(names: Sequence[str] = (), known: State | None = None) -> tuple[PolicyStatus, ...]:
+    """The loaded policies (or those named) with their counts; names of links are left to
+    `link_status`.
 
-    Raises `UsageError` for a name that is not loaded.
+    `known` is the state, if it was read already. Raises `UsageError` for a name that is
+    not loaded.
     """
-    found = _statuses(counts=True, names=names)
-    known = {s.name for s in found}
-    for name in names:
-        if name not in known:
-            _refuse(name, [s.name for s in loaded()])
+    found = _statuses(counts=True, names=names, known=known)
+    refuse_unknown(names, {s.name for s in found})
     return tuple(s for s in found if not names or s.name in names)
+
+
+def refuse_unknown(names: Sequence[str], known: Collection[str] = ()) -> None:
+    """Refuse names that are neither `known` nor of policies or links: raises `UsageError`."""
+    if {*names} <= {*known}:
+        return
+    links = [link.name for link in load().links]
+    loaded = [one.name for one in _statuses(counts=False)]
+    for name in names:
+        if name not in loaded and name not in links:
+            _refuse(name, [*loaded, *links])
+
+
+def link_status(names: Sequence[str] = (), known: State | None = None) -> tuple[LinkStatus, ...]:
+    """The links (or those named) with their counts; names of policies are left to `status`.
+
+    `known` is the state, if it was read already. Raises `MachineError`.
+    """
+    nft.require_rights()
+    with reading(known) as store:
+        return links_of(store.state, names, steering.wrong_links(store.state))
+
+
+def links_of(
+    state: State, names: Collection[str] = (), wrong: Mapping[str, Sequence[str]] = {}
+) -> tuple[LinkStatus, ...]:
+    """The links of a state (or those named), with what is `wrong` with them, by name.
+
+    Raises `MachineError`.
+    """
+    if not state.links:
+        return ()
+    from runtime import links  # 0.2 s that is not needed without links
+
+    counted = links.stats(state.active_links)
+    found = []
+    for unit in state.units:
+        for link in unit.links:
+            if names and link.name not in names:
+                continue
+            here = tuple(links.interfaces(link))
+            off = link.name in state.resting
+            counts = [c for (name, _), c in counted.items() if name == link.name]
+            classes = tuple(
+                LinkClassStatus(
+                    one.name, one.priority,
+                    *(sum(getattr(c[one.name], what) for c in counts if one.name in c)
+                      for what in ("packets", "bytes", "drops", "waiting", "waiting_bytes")),
+                )
+                for one in link.classes
+            )  # fmt: skip
+            changed = tuple(wrong.get(link.name, ()))
+            found.append(
+                LinkStatus(
+                    link.name, "off" if off else "on" if here else "waiting", unit.shown,
+                    link.interface, link.ingress, links.rate(link) or link.rate, link.rate,
+                    here, classes, bool(changed) and bool(here), changed,
+                )
+            )  # fmt: skip
+    return tuple(found)
+
+
+def glance(names: Collection[str] = (), known: State | None = None) -> Glance:
+    """What the loaded policies and links (or those named) counted, at little cost: the state is
+    not locked meanwhile, no rule and no flow is read.
+
+    `known` is the state as it was the last time: it is read again if it changed. Raises
+    `MachineError`.
+    """
+    nft.require_rights()
+    with reading(known) as store:
+        state = store.state
+    return Glance(
+        time.monotonic(), state,
+        _with_runtime(store, [
+            _glanced(state, entry) for entry in state.policies if not names or entry.name in names
+        ]),
+        links_of(state, names),
+    )  # fmt: skip
+
+
+def _glanced(state: State, entry: Entry) -> PolicyStatus:
+    table, unit = state.table_of(entry.name), state.unit_of(entry.name)
+    policy = next(p for p in unit.policies if p.name == entry.name)
+    counters = nft.counters(table.path)
+    own = [c for c in table.counters if (c.policy, c.kind) == (entry.name, "class")]
+    gone = any(c.name not in counters for c in own)
+    return PolicyStatus(
+        entry.name,
+        "missing" if gone else "on" if entry.on else "off",
+        unit.shown, _hooks(table, entry.name), policy.priority, gone,
+        () if gone else tuple(ClassStatus(c.of, *counters[c.name]) for c in own),
+        parameters=policy.parameters,
+    )  # fmt: skip
+
+
+def _hooks(table: Table, policy: str) -> tuple[tuple[str, int], ...]:
+    return tuple(
+        (c.hook.name, c.hook.priority)
+        for c in table.base_chains
+        if c.policy == policy and c.hook is not None and not c.role
+    )
+
+
+def control_log(name: str) -> tuple[list[str], dict[str, Controller]]:
+    """What a policy's controllers decided: lines of JSON, the oldest first; and the controllers, by
+    what they write.
+
+    Raises `UsageError` if it has none, or is not loaded.
+    """
+    state = load()
+    if name in {link.name for link in state.links}:
+        theirs = [
+            one.policy for table in state.tables for one in table.controllers if one.link == name
+        ]
+        raise UsageError(
+            f"`{name}` is a link: policies have controllers",
+            f"`itmc status {theirs[0]} --control` has what decides its rate" if theirs else "",
+        )
+    table = _table(state, name)
+    mine = {one.written: one for one in table.controllers if one.policy == name}
+    if not mine:
+        raise UsageError(f"`{name}` has no controller", "a `control` section gives it one")
+    return decisions.lines(directory(), name), mine
 
 
 def _refuse(name: str, known: Sequence[str]) -> None:
@@ -162,9 +385,11 @@ def _refuse(name: str, known: Sequence[str]) -> None:
     )
 
 
-def _statuses(*, counts: bool, names: Sequence[str] = ()) -> tuple[PolicyStatus, ...]:
+def _statuses(
+    *, counts: bool, names: Sequence[str] = (), known: State | None = None
+) -> tuple[PolicyStatus, ...]:
     nft.require_rights()
-    with reading() as store:
+    with reading(known) as store:
         told = _told(store.state, counts, names)
         return _with_runtime(store, told) if counts else told
 
@@ -179,10 +404,6 @@ def _told(state: State, counts: bool, names: Sequence[str]) -> tuple[PolicyStatu
             continue
         table = state.table_of(entry.name)
         unit = state.unit_of(entry.name)
-        chains = [c for c in table.base_chains if c.policy == entry.name]
-        hooks = tuple(
-            (c.hook.name, c.hook.priority) for c in chains if c.hook is not None and not c.role
-        )
         loaded_as = next(p for p in unit.policies if p.name == entry.name)
         there = running.get(table.path)
         word = "missing" if there is None else "on" if entry.on else "off"
@@ -198,7 +419,7 @@ def _told(state: State, counts: bool, names: Sequence[str]) -> tuple[PolicyStatu
                 entry.name,
                 word,
                 unit.shown,
-                hooks,
+                _hooks(table, entry.name),
                 loaded_as.priority,
                 bool(changed),
                 changed=tuple(changed),
@@ -224,10 +445,14 @@ def _with_runtime(store: Store, told: Sequence[PolicyStatus]) -> tuple[PolicySta
         for table in unit.ruleset.tables
         for queue in table.queues
     }
+    controlled = any(t.controllers or t.timers for t in store.state.tables)
+    programs = {program for program, _ in queues.values()} | ({""} if controlled else set())
     answers = {
         program: ask(store.folder, {"command": "status"}, 1.0, program=program) or {}
-        for program in sorted({program for program, _ in queues.values()})
+        for program in sorted(programs)
     }
+    if controlled:
+        told = [_with_control(store, one, answers[""]) for one in told]
     waiting = {row[0]: (row[2], row[5] + row[6]) for row in netqueue.table()}
     found = []
     for one in told:
@@ -241,7 +466,10 @@ def _with_runtime(store: Store, told: Sequence[PolicyStatus]) -> tuple[PolicySta
             c.name for c in table.counters if (c.policy, c.kind) == (one.name, "unserved")
         )
         unserved = nft.counters(table.path).get(counter, (0, 0))[0]
-        workers = [w for w in answer.get("workers", ()) if w["policy"] == one.name]
+        workers = [
+            w for w in answer.get("workers", ())
+            if (w["policy"], w.get("does", "queue")) == (one.name, "queue")
+        ]  # fmt: skip
         counts = [w["counts"] for w in workers]
         numbers = range(queue.first, queue.first + queue.many)
         trouble = next((w["error"] for w in workers if w["error"]), answer.get("trouble", ""))
@@ -269,6 +497,66 @@ def _with_runtime(store: Store, told: Sequence[PolicyStatus]) -> tuple[PolicySta
             classes = _whole_classes(counts)
         found.append(replace(one, python=python, classes=classes))
     return tuple(found)
+
+
+def _with_control(store: Store, policy: PolicyStatus, answer: Mapping[str, Any]) -> PolicyStatus:
+    """The status, with what the policy's controllers and timers do."""
+    if policy.state in ("missing", "unknown"):
+        return policy
+    table = store.state.table_of(policy.name)
+    mine = [one for one in table.controllers if one.policy == policy.name]
+    timers = [one for one in table.timers if one.policy == policy.name]
+    workers = {w["does"]: w for w in answer.get("workers", ()) if w["policy"] == policy.name}
+    absent = "" if answer or not (mine or timers) else _absent(store.folder, "", policy.name)
+    control, rings = workers.get("control", {}), workers.get("timers", {})
+    last: Mapping[str, Mapping[str, Any]] = {}
+    if mine and control.get("process"):
+        # Before it began, what is written was the file's.
+        begun = time.time() - control.get("age", 0.0)
+        last = decisions.last(store.folder, policy.name, {one.written for one in mine}, begun)
+    off = "the policy is off" if policy.state == "off" else ""
+    counts = rings.get("counts", {}).get("timers", {})
+    return replace(
+        policy,
+        control=tuple(
+            _controlled(one, last.get(one.written, {}), off or absent or control.get("error", ""))
+            for one in mine
+        ),
+        timers=tuple(
+            _rung(one, counts.get(f"{one.target} {one.period}", {}), off or absent or rings.get("error", ""))
+            for one in timers
+        ),
+    )  # fmt: skip
+
+
+def _rung(one: Timer, counts: Mapping[str, int], trouble: str) -> TimerStatus:
+    called, skipped, failed = (counts.get(what, 0) for what in ("called", "skipped", "failed"))
+    return TimerStatus(one.target, one.period, called, skipped, failed, trouble)
+
+
+def _controlled(one: Controller, last: Mapping[str, Any], trouble: str) -> ControlStatus:
+    value = last.get("value")
+    return ControlStatus(
+        written=one.written,
+        value=value,
+        base=one.base,
+        measure=one.measure.text,
+        unit=one.measure.unit,
+        sample=last.get("sample"),
+        target=one.target,
+        law=one.law,
+        dry=one.dry,
+        reason=last.get("reason", ""),
+        blocked=last.get("blocked", ""),
+        trouble=trouble,
+        period=one.period,
+        low=one.low,
+        high=one.high,
+        in_force=one.shown(one.base if value is None or one.dry else value),
+        in_file=one.shown(one.base),
+        would=one.shown(value) if one.dry and value is not None else "",
+        at=last.get("time"),
+    )
 
 
 def _absent(folder: Path, program: str, policy: str) -> str:

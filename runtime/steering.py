@@ -1,4 +1,4 @@
-"""What loaded policies need of routing: the kernel's tunnels, and sysctls.
+"""What loaded policies need beside rules: links, the kernel's tunnels, sysctls.
 
 Which those are follows from the state. They are put before the rules that lead there,
 with the ones that still run, and taken away behind the rules that led there. What was
@@ -7,22 +7,28 @@ it any more.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
 from itmlang import marks
+from itmlang.control import Controller
+from itmlang.diagnostics import Diagnostic
+from itmlang.links import Link, overlap
 from itmlang.nft import model
 from itmlang.nft.tunnels import renumbered
 from runtime import store
 from runtime.errors import MachineError
 from runtime.state import State
+from runtime.store import directory
 from runtime.units import Unit
 
 if TYPE_CHECKING:
-    from runtime import tunnels
+    from runtime import links, tunnels
 
 _FILE: Final = "routing.json"
+_LINKS: Final = "links.json"
 
 
 def fitted(units: Iterable[Unit], state: State, others: Iterable[Unit] = ()) -> tuple[Unit, ...]:
@@ -58,11 +64,27 @@ def prepare(folder: Path, before: State, wanted: State) -> None:
     if steers(before) or steers(wanted):
         numbered = _by_number(before.units) | _by_number(wanted.units)
         _put(folder, numbered.values(), [*_in_python(before), *_in_python(wanted)])
+    if before.active_links or wanted.active_links:
+        new = wanted.active_links
+        going = [
+            link for link in before.active_links
+            if not any(o.name == link.name or overlap(o, link) for o in new)
+        ]  # fmt: skip
+        _put_links(folder, [*new, *going], controlled(wanted), settled=False)
 
 
-def settle(folder: Path, state: State) -> None:
-    """Have what a state needs, and nothing else. Raises `MachineError`."""
+def settle(folder: Path, state: State, live: Collection[str] | None = None) -> tuple[str, ...]:
+    """Have what a state needs, and nothing else; what did not come back, in words.
+
+    Rates that controllers write stay: of the links named `live`, of all that have one if left
+    out. Raises `MachineError`.
+    """
     path = folder / _FILE
+    told: tuple[str, ...] = ()
+    if state.active_links or (folder / _LINKS).exists():
+        free = controlled(state)
+        kept = free if live is None else {n: one for n, one in free.items() if n in live}
+        told = _put_links(folder, state.active_links, kept, settled=True)
     if steers(state):
         stored = _put(folder, kernel_tunnels(state), _in_python(state))
         _keep(path, stored, settled=True)
@@ -71,15 +93,18 @@ def settle(folder: Path, state: State) -> None:
 
         tunnels.take_away(_stored(path)[0])
         path.unlink()
+    return told
 
 
 def unsettled(folder: Path) -> bool:
     """Was somebody ended between `prepare` and `settle`, or is he in between?"""
-    return not _stored(folder / _FILE)[1]
+    return not (_stored(folder / _FILE)[1] and _stored_links(folder)[1])
 
 
-def mend(folder: Path) -> bool:
-    """Have what the state needs, also at links that came since; was it done?
+def mend(folder: Path, controlled: Collection[str] = ()) -> bool:
+    """Have what the state needs, also at interfaces that came since; was it done?
+
+    The rates of links that are `controlled` stay as they are.
 
     Not while somebody changes the state, or where somebody was ended who did: then the next
     change does it. Raises `MachineError`.
@@ -87,8 +112,147 @@ def mend(folder: Path) -> bool:
     with store.locked_at_once() as held:
         if held is None or unsettled(folder):
             return False
-        settle(folder, held.state)
+        settle(folder, held.state, controlled)
         return True
+
+
+# Links.
+
+
+def refuse(before: State, wanted: State, *, force: bool) -> None:
+    """Refuse links that are new, or other than before, where they cannot stand here.
+
+    With `force`, what somebody else has set gives way, and the hardware's rate is no bound.
+    Raises `MachineError`, with the policy's lines.
+    """
+    new = [link for link in wanted.active_links if link not in before.active_links]
+    if not new:
+        return
+    from runtime import links  # 0.2 s that most changes need not
+
+    found: list[Diagnostic] = []
+    stored = _stored_links(directory())[0]
+    for link in new:
+        here = links.interfaces(link)
+        if not here and not link.pattern:
+            found.append(
+                Diagnostic(
+                    "E068", f"there is no interface {link.interface} here", link.at,
+                    help="a pattern that ends in `*` waits for it",
+                )
+            )  # fmt: skip
+        for name, kind in {} if force else links.foreign([link], stored).items():
+            found.append(
+                Diagnostic(
+                    "E069",
+                    f"{name} has a root qdisc {kind} that somebody else set",
+                    link.at,
+                    help="`itmc apply --force` puts it aside, until the link is removed",
+                )
+            )
+        for name in [] if force else here:
+            speed = links.speed(name)
+            if speed is not None and speed < link.rate:
+                found.append(
+                    Diagnostic(
+                        "E070", f"{name} sends {speed * 8 // 10**6} mbit at most, less than the "
+                        "link's rate", link.span,
+                        help="a slower link queues nothing: its hardware does; "
+                        "`--force` if it tells less than it can",
+                    )
+                )  # fmt: skip
+    if found:
+        raise MachineError("a link cannot stand here; nothing was changed", "", tuple(found))
+
+
+def controlled(state: State) -> dict[str, Controller]:
+    """The controllers that write rates of links, by link."""
+    on = {entry.name for entry in state.policies if entry.on}
+    return {
+        one.link: one
+        for table in state.tables
+        for one in table.controllers
+        if one.link and one.policy in on and not one.dry
+    }
+
+
+def wrong_links(state: State) -> dict[str, list[str]]:
+    """By name, what somebody else changed of the links. Raises `MachineError`."""
+    if not state.active_links:
+        return {}
+    from runtime import links
+
+    free = controlled(state)
+    found = links.wrong(_as_written(state.active_links, free))
+    moving = free.keys() & found.keys()
+    if any(found[name] for name in moving):
+        # Its controller may just have written another rate: that is not wrong twice.
+        again = links.wrong(_as_written(state.active_links, free))
+        found |= {name: [one for one in found[name] if one in again[name]] for name in moving}
+    return found
+
+
+def _put_links(
+    folder: Path, wanted: Iterable[Link], free: Mapping[str, Controller], *, settled: bool
+) -> tuple[str, ...]:
+    from runtime import links
+
+    path = folder / _LINKS
+    stored = _stored_links(folder)[0]
+    wanted = _as_written(wanted, free)
+    if settled:  # nobody asked whether somebody else's qdisc may go
+        wanted = _allowed(wanted, stored)
+    shared = _stored(folder / _FILE)[0]
+    before = links.before(wanted, stored, shared["links"] if shared else ())
+    _keep_links(path, before, settled=False)
+    done = links.put(wanted, before)
+    _keep_links(path, done.before, settled=settled)
+    if settled and not list(wanted):
+        path.unlink()
+    return done.told
+
+
+def _as_written(wanted: Iterable[Link], free: Mapping[str, Controller]) -> list[Link]:
+    """The links with the rates that their controllers have written."""
+    from runtime import links
+
+    found = []
+    for link in wanted:
+        one = free.get(link.name)
+        rate = links.rate(link) if one is not None else None
+        within = one is not None and rate is not None and one.low <= rate <= one.high
+        found.append(links.at_rate(link, rate) if within and rate is not None else link)
+    return found
+
+
+def _allowed(wanted: Iterable[Link], stored: "links.Before | None") -> list[Link]:
+    """The links, without interfaces that somebody else has set something at meanwhile."""
+    from runtime import links
+
+    blocked = links.foreign(wanted, stored)
+    found = []
+    for link in wanted:
+        if not blocked or link.ingress:
+            found.append(link)
+            continue
+        found += [
+            replace(link, interface=name) for name in links.interfaces(link) if name not in blocked
+        ]
+    return found
+
+
+def _stored_links(folder: Path) -> "tuple[links.Before | None, bool]":
+    found = store.read(folder / _LINKS)
+    if found is None:
+        return None, True
+    return cast("links.Before", found["before"]), bool(found["settled"])
+
+
+def _keep_links(path: Path, before: "links.Before", *, settled: bool) -> None:
+    store.write(path, json.dumps({"before": before, "settled": settled}).encode())
+
+
+# Tunnels.
 
 
 def steers(state: State) -> bool:
@@ -115,7 +279,9 @@ def _put(
 
     path = folder / _FILE
     ways = [_way(one) for one in kernel]
-    stored = tunnels.before(ways, _settings(ways, queues), _stored(path)[0])
+    links = _stored_links(folder)[0]
+    shared = [name for name, one in links["ingress"].items() if one["clsact"]] if links else []
+    stored = tunnels.before(ways, _settings(ways, queues), _stored(path)[0], shared=shared)
     _keep(path, stored, settled=False)
     tunnels.put(ways, stored)
     return stored

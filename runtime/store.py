@@ -28,7 +28,7 @@ from runtime.migrate import Kept, Left
 from runtime.state import Entry, State
 from runtime.units import from_json, to_json
 
-SCHEMA: Final = 4
+SCHEMA: Final = 5
 KEPT: Final = 10  # generations
 # What a waiting generation's file is called once it is settled.
 _ENDS: Final = {"confirmed": "confirmed.json", "rolled back": "rolled-back.json"}
@@ -142,6 +142,27 @@ def locked_at_once() -> Iterator["Store | None"]:
         return
     try:
         yield Store(folder)
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def unchanged() -> Iterator[bool]:
+    """Does nobody change the state, or the kernel's tables, now? Then nobody does meanwhile, for
+    what writes elements and rates, but no rule. Who looks at them is in nobody's way."""
+    try:
+        lock = os.open(directory() / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # nothing was ever loaded
+        yield False
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        yield False
+        return
+    try:
+        yield True
     finally:
         os.close(lock)
 
@@ -429,7 +450,8 @@ def read_generation(path: Path) -> tuple[State, Generation]:
         made = Generation(**data["generation"])
         if sorted(e.name for e in policies) != sorted(n for unit in units for n in unit.names):
             raise ValueError("policies without a unit, or units without a place")
-        return State(units, policies, {}, made.number), made
+        resting = frozenset(data["resting"])
+        return State(units, policies, {}, made.number, resting), made
 
 
 def _text(state: State, made: Generation) -> bytes:
@@ -437,6 +459,7 @@ def _text(state: State, made: Generation) -> bytes:
         "schema": SCHEMA,
         "generation": asdict(made),
         "policies": [[entry.name, entry.on] for entry in state.policies],
+        "resting": sorted(state.resting),
         "units": [to_json(unit) for unit in state.units],
     }
     return json.dumps(content, separators=(",", ":")).encode()

@@ -183,12 +183,16 @@ def needs(
 
 
 def before(
-    tunnels: Iterable[Tunnel], settings: Iterable[Setting], earlier: Before | None = None
+    tunnels: Iterable[Tunnel],
+    settings: Iterable[Setting],
+    earlier: Before | None = None,
+    shared: Collection[str] = (),
 ) -> Before:
     """What `put` is going to change of what is not ours, to be stored before it does.
 
     `settings` are those to be changed, `earlier` what was stored when tunnels were put
-    before: it stays, as what was there at first. Raises MachineError.
+    before: it stays, as what was there at first. `shared` are links that have their queue for
+    filters from links of policies. Raises MachineError.
     """
     wanted = tuple(tunnels)
     found: Before = {"sysctls": {}, "links": []}
@@ -204,7 +208,7 @@ def before(
                 if path.parent.name != "all" and _sysctl(name) != setting.found:
                     found["sysctls"].setdefault(name, [_sysctl(name) or "", setting.value])
     with _tunnelling("look at the links"), closing(Namespace.here()) as here:
-        ready = traffic.links_with_filter_queue(here)
+        ready = traffic.links_with_filter_queue(here).difference(shared)
         names = {link for link, _ in _filters(here, wanted)}
     found["links"] = sorted({*found["links"], *names - ready})
     return found

@@ -7,9 +7,12 @@ did not change needs no second compilation.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from itmlang import __version__
+from itmlang.control import Controller, Measure, Timer
+from itmlang.links import Link, LinkClass
 from itmlang.nft.model import (
     BaseHook,
     Chain,
@@ -76,6 +79,11 @@ class Unit:
         return self.source.name
 
     @property
+    def beside(self) -> Path | None:
+        """The folder where functions of the user's are looked for first."""
+        return None if self.file == "-" else Path(self.file).parent
+
+    @property
     def names(self) -> tuple[str, ...]:
         return tuple(policy.name for policy in self.policies)
 
@@ -89,8 +97,22 @@ class Unit:
         """The unit with its ruleset in the form that a machine needs."""
         return replace(self, ruleset=ruleset)
 
+    @property
+    def links(self) -> tuple[Link, ...]:
+        return self.ruleset.links
+
+    @property
+    def link_names(self) -> tuple[str, ...]:
+        return tuple(link.name for link in self.links)
+
     def without(self, names: set[str]) -> "Unit":
-        """The unit without some of its policies; what the others share stays."""
+        """The unit without some of its policies and links; what the others share stays.
+
+        Links go with the last policy.
+        """
+        links = tuple(link for link in self.links if link.name not in names)
+        if self.policies and not set(self.names) - names:
+            links = ()
         tables = tuple(
             table if not names & set(table.policies) else _without(table, names)
             for table in self.ruleset.tables
@@ -100,9 +122,11 @@ class Unit:
             self.ruleset,
             tables=tables,
             order=tuple(name for name in self.ruleset.order if name not in names),
+            links=links,
         )
         policies = tuple(p for p in self.policies if p.name not in names)
-        removed = tuple(sorted({*self.removed, *(names & set(self.names))}))
+        own = {*self.names, *self.link_names}
+        removed = tuple(sorted({*self.removed, *(names & own)}))
         return replace(self, policies=policies, ruleset=ruleset, removed=removed)
 
 
@@ -118,6 +142,8 @@ def _without(table: Table, names: set[str]) -> Table:
         values=[one for one in table.values if f"@{one.name}" in text],
         queues=[one for one in table.queues if one.policy not in names],
         tunnels=[one for one in table.tunnels if one.policy not in names],
+        controllers=[one for one in table.controllers if one.policy not in names],
+        timers=[one for one in table.timers if one.policy not in names],
         sets=[
             one
             for one in table.sets
@@ -248,8 +274,17 @@ def to_json(unit: Unit) -> dict[str, Any]:
             "number": one.number,
         }
 
-    def plain(one: Counter | ValueSet | FlowSet | Queue | Tunnel) -> dict[str, Any]:
+    def plain(
+        one: Counter | ValueSet | FlowSet | Queue | Tunnel | Controller | Timer | LinkClass,
+    ) -> dict[str, Any]:
         return {**_fields(one), "span": place(one.span)}
+
+    def controller(one: Controller) -> dict[str, Any]:
+        return {**plain(one), "measure": _fields(one.measure)}
+
+    def link(one: Link) -> dict[str, Any]:
+        classes = [plain(each) for each in one.classes]
+        return {**_fields(one), "classes": classes, "at": place(one.at), "span": place(one.span)}
 
     def queue(one: Queue) -> dict[str, Any]:
         return {**plain(one), "calls": [[target, place(at)] for target, at in one.calls]}
@@ -264,6 +299,7 @@ def to_json(unit: Unit) -> dict[str, Any]:
         "compiler": unit.compiler,
         "removed": list(unit.removed),
         "program": unit.program,
+        "links": [link(one) for one in unit.links],
         "tables": [
             {
                 **{k: getattr(table, k) for k in ("policies", "family", "title", "shared")},
@@ -274,6 +310,8 @@ def to_json(unit: Unit) -> dict[str, Any]:
                 "chains": [chain(one) for one in table.chains],
                 "queues": [queue(one) for one in table.queues],
                 "tunnels": [plain(one) for one in table.tunnels],
+                "controllers": [controller(one) for one in table.controllers],
+                "timers": [plain(one) for one in table.timers],
             }
             for table in unit.ruleset.tables
         ],
@@ -322,6 +360,25 @@ def from_json(data: Mapping[str, Any]) -> Unit:
         }
         return Tunnel(**{**one, **known})
 
+    def controller(one: Mapping[str, Any]) -> Controller:
+        known = {
+            "measure": Measure(**{**one["measure"], "of": tuple(one["measure"]["of"])}),
+            "gains": tuple((name, value) for name, value in one["gains"]),
+            "steps": tuple(one["steps"]),
+            "values": tuple(one["values"]),
+            "sites": tuple(one["sites"]),
+            "span": span(one["span"]),
+        }
+        return Controller(**{**one, **known})
+
+    def link_class(one: Mapping[str, Any]) -> LinkClass:
+        return LinkClass(**{**one, "dscp": tuple(one["dscp"]), "span": span(one["span"])})
+
+    def link(one: Mapping[str, Any]) -> Link:
+        classes = tuple(link_class(each) for each in one["classes"])
+        places = {"at": span(one["at"]), "span": span(one["span"])}
+        return Link(**{**one, "classes": classes, **places})
+
     def value_set(one: Mapping[str, Any]) -> ValueSet:
         return ValueSet(one["name"], one["type"], tuple(one["elements"]), span(one["span"]))
 
@@ -342,6 +399,8 @@ def from_json(data: Mapping[str, Any]) -> Unit:
             chains=[chain(c) for c in one["chains"]],
             queues=[queue(q) for q in one["queues"]],
             tunnels=[tunnel(t) for t in one["tunnels"]],
+            controllers=[controller(c) for c in one["controllers"]],
+            timers=[Timer(**{**t, "span": span(t["span"])}) for t in one["timers"]],
         )
 
     tables = tuple(table(one) for one in data["tables"])
@@ -350,7 +409,9 @@ def from_json(data: Mapping[str, Any]) -> Unit:
         source=texts[0],
         reads=tuple(Read(path, by, library, texts[n]) for path, by, library, n in data["reads"]),
         policies=tuple(Loaded(**{**p, "span": span(p["span"])}) for p in data["policies"]),
-        ruleset=Ruleset(texts[0].name, tables, tuple(data["order"])),
+        ruleset=Ruleset(
+            texts[0].name, tables, tuple(data["order"]), tuple(link(one) for one in data["links"])
+        ),
         given=data["given"],
         warned=data["warned"],
         compiler=data["compiler"],

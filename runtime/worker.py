@@ -17,14 +17,12 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from itmlang import ir
-from itmlang.nft.model import Queue
 from runtime.errors import MachineError
 from runtime.handlers import Handler, HandlerError, HungError, load, reload
+from runtime.jobs import QueueJob
 from runtime.server import ALARM, Server, watching
 from runtime.units import Unit, replay
 
@@ -35,29 +33,6 @@ _PR_SET_PDEATHSIG: Final = 1  # include/uapi/linux/prctl.h
 _LONGEST_MESSAGE: Final = 1 << 16
 
 
-@dataclass(frozen=True)
-class Job:
-    """One queue of a policy: `number` is one of the policy's queues."""
-
-    unit: Unit
-    queue: Queue
-    number: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.queue.policy} {self.number}"
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """The handlers that the policy calls."""
-        return tuple(target for target, _ in self.queue.calls)
-
-    @property
-    def beside(self) -> Path | None:
-        """The folder where the policy's handlers are looked for first."""
-        return None if self.unit.file == "-" else Path(self.unit.file).parent
-
-
 def policy_of(unit: Unit, name: str) -> ir.Policy:
     """A policy of a unit, compiled from its texts."""
     from itmlang.pipeline import compile
@@ -66,22 +41,22 @@ def policy_of(unit: Unit, name: str) -> ir.Policy:
     return next(policy for policy in result.policies if policy.name == name)
 
 
-def work(job: Job, link: socket.socket) -> None:
+def work(job: QueueJob, link: socket.socket) -> None:
     """Serve a queue until the parent says "stop" or is gone."""
-    _die_with_parent()
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # A cached module is taken for the file's as long as their second is the same.
     sys.dont_write_bytecode = True
     try:
         policy = policy_of(job.unit, job.queue.policy)
-        handlers = load(job.targets, job.beside)
+        handlers = load(job.targets, job.unit.beside)
         worker = Worker(job, policy, handlers, link)
     except HandlerError as error:
-        _say(link, {"error": str(error), "target": error.target})
+        say(link, {"error": str(error), "target": error.target})
         return
     except MachineError as error:
-        _say(link, {"error": error.message})
+        say(link, {"error": error.message})
         return
     worker.run()
 
@@ -89,7 +64,7 @@ def work(job: Job, link: socket.socket) -> None:
 class Worker:
     def __init__(
         self,
-        job: Job,
+        job: QueueJob,
         policy: ir.Policy,
         handlers: Mapping[str, Handler],
         link: socket.socket,
@@ -140,18 +115,18 @@ class Worker:
         called = self._server.engine.calling
         if called != self._called:
             self._called = called
-            _say(self._link, {"alive": True})
+            say(self._link, {"alive": True})
         self._server.look()
 
     def _log(self, text: str) -> None:
-        _say(self._link, {"log": text})
+        say(self._link, {"log": text})
 
     def _tell(self) -> None:
         self._server.refresh()
-        _say(self._link, {"counts": self._server.told()})
+        say(self._link, {"counts": self._server.told()})
 
     def _listen(self) -> None:
-        message = _hear(self._link)
+        message = hear(self._link)
         if message is None or message.get("command") == "stop":
             self._stopping = True
         elif message.get("command") == "reload":
@@ -160,30 +135,31 @@ class Worker:
     def _reload(self) -> None:
         try:
             self._loading = 1
-            handlers = reload(self._job.targets, self._job.beside)
+            handlers = reload(self._job.targets, self._job.unit.beside)
         except HandlerError as error:
-            _say(self._link, {"reloaded": False, "error": str(error), "target": error.target})
+            say(self._link, {"reloaded": False, "error": str(error), "target": error.target})
             return
         except HungError:
             late = f"it takes more than {_LONGEST_LOAD * ALARM:.0f} s to load the handlers"
-            _say(self._link, {"reloaded": False, "error": late})
+            say(self._link, {"reloaded": False, "error": late})
             return
         finally:
             self._loading = 0
         if self._server.reload(handlers):
-            _say(self._link, {"reloaded": True})
+            say(self._link, {"reloaded": True})
         else:
             # Another reader is needed, or more of each packet: a fresh process opens the queue anew.
-            _say(self._link, {"restarting": True})
+            say(self._link, {"restarting": True})
             self._stopping = True
 
 
-def _say(link: socket.socket, message: Mapping[str, Any]) -> None:
+def say(link: socket.socket, message: Mapping[str, Any]) -> None:
+    """Say something to the supervisor, if it listens."""
     with suppress(OSError):  # nobody listens: the next read finds that out
         link.send(json.dumps(message).encode(), socket.MSG_DONTWAIT)
 
 
-def _hear(link: socket.socket) -> dict[str, Any] | None:
+def hear(link: socket.socket) -> dict[str, Any] | None:
     """A message, None if the other side is gone."""
     try:
         raw = link.recv(_LONGEST_MESSAGE)
@@ -195,7 +171,8 @@ def _hear(link: socket.socket) -> dict[str, Any] | None:
     return found
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Have this process end when its parent does."""
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -108,6 +109,80 @@ def test_compile_shows_what_runs_in_python(tmp_path):
     assert (xt.count("queue flags"), xt.count("# NFQUEUE ")) == (0, 4)
 
 
+LINKS = """\
+link wan {
+    interface "eth1"  ingress
+    rate 10 mbit
+    class fast { priority 0  dscp { ef, cs6 } }
+    class bulk { priority 1  at least 1 mbit  at most 8 mbit  queue 100 packets  inner fifo }
+    otherwise fast
+}
+policy p(threshold: packets = 10) {
+    at postrouting
+    flow conn by saddr, daddr
+    classify { short when conn.packets < threshold  long }
+    log { count conn }
+    process { short { priority wan.fast } }
+    control {
+        threshold every 1s toward short.rate = 2 mbit with pi kp 0.5 ki 0.1 within 2-20 dry run
+        wan.rate every 100ms toward cpu = 50% with call "site:rate" within 1 mbit-20 mbit
+        every 10s call "site:tick"
+    }
+}
+"""
+
+
+def test_compile_shows_links_controllers_and_timers(tmp_path):
+    file = tmp_path / "a.itm"
+    file.write_text(LINKS.replace("  ingress", ""))
+    plain = itmc("compile", "--format", "ir", str(file)).stdout
+    id = re.search(r"class fast ([0-9a-f]{4}):10 ", plain)[1]
+    for wanted in (
+        'link wan at "eth1" rate 10 mbit\n'
+        f"  class fast {id}:10 priority 0 at most 10 mbit dscp {{ ef, cs6 }} otherwise\n"
+        f"  class bulk {id}:20 priority 1 at least 1 mbit at most 8 mbit queue 100 packets inner fifo\n"
+        "policy p at postrouting",
+        "\n  control threshold every 1000 ms toward short.rate = 2 mbit with pi ki 0.1 kp 0.5 "
+        "within 2 - 20 from 10, 19 values dry run\n",
+        '\n  control wan.rate every 100 ms toward cpu = 50% with call "site:rate" '
+        "within 1 mbit - 20 mbit from 10 mbit\n",
+        '\n  every 10000 ms call "site:tick"\n',
+    ):
+        assert wanted in plain
+    shown = " ".join(itmc("compile", "--placement", str(file)).stdout.split())
+    for wanted in (
+        "p control threshold process laws are Python; rules for each value are there",
+        "p control wan.rate process laws are Python; it writes the rate of a qdisc",
+        'p every 10000 ms process call "site:tick" is Python',
+        "wan link kernel a tree of HTB qdiscs: eth1",
+    ):
+        assert wanted in shown
+    data = json.loads(itmc("compile", "--format", "json", str(file)).stdout)
+    (table,), (link,) = data["tables"], data["links"]
+    assert (link["interface"], link["rate"], link["line"]) == ("eth1", 1_250_000, 1)
+    assert [one["classid"] for one in link["classes"]] == [f"{id}:10", f"{id}:20"]
+    assert [one["otherwise"] for one in link["classes"]] == [True, False]
+    assert [(c["written"], c["gains"]) for c in table["controllers"]] == [
+        ("threshold", {"ki": 0.1, "kp": 0.5}), ("wan.rate", {}),
+    ]  # fmt: skip
+    assert table["timers"] == [{"policy": "p", "period": 10000, "calls": "site:tick", "line": 17}]
+
+
+def test_what_comes_in_is_said_to_wait_at_a_device_of_its_own(tmp_path):
+    file = tmp_path / "a.itm"
+    file.write_text(LINKS.replace("process { short { priority wan.fast } }", ""))
+    assert 'link wan at "eth1" ingress rate' in itmc("compile", "--format", "ir", str(file)).stdout
+    assert "what comes in at eth1, by an IFB" in itmc("compile", "--placement", str(file)).stdout
+    assert json.loads(itmc("compile", "--format", "json", str(file)).stdout)["links"][0]["ingress"]
+
+
+def test_explain_tells_where_a_packet_waits(tmp_path):
+    file = tmp_path / "a.itm"
+    file.write_text(LINKS.replace("  ingress", ""))
+    shown = " ".join(itmc("explain", str(file), PACKET).stdout.split())
+    assert re.search(r"priority wan.fast waits in the link's class [0-9a-f]{4}:10 ", shown)
+
+
 def test_a_pipe_that_closes_early_is_no_error(tmp_path):
     command = " ".join([f"'{part}'" for part in ITMC]) + f" compile {SIZE_AWARE} | head -1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
@@ -208,7 +283,7 @@ def test_other_line_ends_and_a_byte_order_mark_are_no_matter(tmp_path):
         (["frob"], "No such command"),
         ([], "Usage"),
         (["compile", "--format", "xml", SIZE_AWARE], "--format"),
-        (["remove"], "name the policies to remove"),
+        (["remove"], "name the policies or links to remove"),
         (["explain", SIZE_AWARE, "tcp 10.0.0.1 -> 10.0.0.2:80"], "the port is missing"),
         (["explain", SIZE_AWARE, "tpc 10.0.0.1:1 -> 10.0.0.2:80"], "did you mean `tcp`?"),
         (["explain", SIZE_AWARE, "tcp 10.0.0.1:1 -> [::1]:80"], "one IP version to the other"),

@@ -10,6 +10,7 @@ from itmlang.actions.encapsulate import Decapsulate, Encapsulate
 from itmlang.actions.mark import SetMark
 from itmlang.actions.mss import SetMss
 from itmlang.actions.ports import SetDport, SetSport
+from itmlang.actions.priority import Priority
 from itmlang.actions.reject import Reject
 from itmlang.actions.tos import SetTos, UnsetTos
 from itmlang.actions.ttl import SetTtl
@@ -18,7 +19,7 @@ ACTIONS: tuple[type[Action], ...] = (
     Accept, Drop, Reject,
     SetDscp, SetTos, UnsetTos, SetTtl, SetMark,
     SetSaddr, SetDaddr, SetSport, SetDport, SetMss,
-    Call, Encapsulate, Decapsulate,
+    Call, Encapsulate, Decapsulate, Priority,
 )  # fmt: skip
 
 __all__ = ["ACTIONS", "Action", "Lowered"]

@@ -29,7 +29,7 @@ class Action:
     `verdict` ("accept", "drop" or "reject") is how an action ends its policy; such an
     action is the last of its class. `hooks` are those where it can stand, `why` says
     why not elsewhere. `reroutes` tells that the packet's route may be another one then,
-    `in_python` that nftables cannot say it, `defragments` that it needs fragments put together.
+    `in_python` that nftables cannot say it, `kernels_own` why Python cannot do it, `defragments` that it needs fragments put together.
     """
 
     words: ClassVar[tuple[str, ...]]
@@ -39,6 +39,7 @@ class Action:
     why: ClassVar[str] = ""
     reroutes: ClassVar[bool] = False
     in_python: ClassVar[bool] = False
+    kernels_own: ClassVar[str] = ""
     defragments: ClassVar[bool] = False
     value: Any = 0
 

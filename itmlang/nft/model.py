@@ -8,6 +8,8 @@ which counter counts which class, which set holds which flows) is data beside it
 from dataclasses import dataclass, field
 from typing import Final
 
+from itmlang.control import Controller, Timer
+from itmlang.links import Link
 from itmlang.source import Span
 
 TABLE_PREFIX: Final = "itm_"
@@ -41,7 +43,7 @@ class BaseHook:
 class Chain:
     """A chain. `role` is "" or, of a policy with packets for Python, "queue" (it hands packets
     to the queue `number`), "settle" (the base chain where they come back) or "beat"; or
-    "tunnel" (it steers packets of the kernel's tunnel `number`)."""
+    "tunnel" (it steers packets of the kernel's tunnel `number`), or "control" (`variants`)."""
 
     name: str
     span: Span
@@ -148,7 +150,7 @@ class FlowSet:
     "young" (those not older than an age), "bucket" and "recent" (of a rate, and the
     flows that went over it within a second), "connections" and "busy" (of a flow's
     connections, and the flows with too many), "limit" (the buckets of a limit for each
-    flow), "serving" (whether the runtime is alive) or "learned" (a learned set's elements, `flow` is the set's name).
+    flow), "control" (a map to the rules in force, see `variants`), "serving" (whether the runtime is alive) or "learned" (a learned set's elements, `flow` is the set's name).
     `statement` is what new elements hold; `attribute` and `threshold` are those of
     meter, over and young.
     `timeout` is in milliseconds; None for none, and `timed` tells whether elements
@@ -201,6 +203,8 @@ class Table:
     chains: list[Chain] = field(default_factory=list)
     queues: list[Queue] = field(default_factory=list)
     tunnels: list[Tunnel] = field(default_factory=list)
+    controllers: list[Controller] = field(default_factory=list)
+    timers: list[Timer] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.title = self.title or self.policies[0]
@@ -228,12 +232,13 @@ class Table:
 class Ruleset:
     """The tables of a file, and the names of its policies in their order.
 
-    The tables stand in the order of their first policies.
+    The tables stand in the order of their first policies. `links` are scheduled beside them.
     """
 
     file: str
     tables: tuple[Table, ...]
     order: tuple[str, ...]
+    links: tuple[Link, ...] = ()
 
     def table_of(self, policy: str) -> Table:
         return next(table for table in self.tables if policy in table.policies)

@@ -164,6 +164,14 @@ def _value_set(printer: _Printer, value_set: ValueSet) -> None:
 
 def _set(printer: _Printer, flow_set: FlowSet) -> None:
     span = flow_set.span
+    if flow_set.role == "control":
+        printer.line(f"\tmap {flow_set.name} {{", span)
+        printer.line(f"\t\ttype {flow_set.expression}", span)
+        printer.line(f"\t\tsize {flow_set.size}", span)
+        printer.line("\t\tflags timeout", span)
+        printer.line("\t}", span)
+        printer.line()
+        return
     printer.line(f"\tset {flow_set.name} {{", span)
     printer.line(f"\t\ttypeof {flow_set.expression}", span)
     printer.line(f"\t\tsize {flow_set.size}", span)

@@ -14,6 +14,7 @@ from runtime.warden import wait
 @click.command()
 @file_argument
 @click.option("--dry-run", is_flag=True, help="Ask the kernel whether it would take it; no change.")
+@click.option("--force", is_flag=True, help="Put qdiscs aside that somebody else has set at links.")
 @click.option("--digest", metavar="D", help="Only if the plan is still the one with this digest.")
 @click.option(
     "--confirm",
@@ -22,7 +23,12 @@ from runtime.warden import wait
 )
 @click.option("--wait", "waiting", is_flag=True, help="With --confirm: wait for either.")
 def command(
-    file: str | None, dry_run: bool, digest: str | None, confirm: str | None, waiting: bool
+    file: str | None,
+    dry_run: bool,
+    force: bool,
+    digest: str | None,
+    confirm: str | None,
+    waiting: bool,
 ) -> None:
     """Load the policies of FILE into the kernel of this network namespace.
 
@@ -38,7 +44,14 @@ def command(
     if dry_run and confirm:
         raise UsageError("--dry-run changes nothing: there is nothing to confirm")
     known = load()
-    done = apply(unit(file, known), known=known, check=dry_run, digest=digest or "", confirm=time)
+    done = apply(
+        unit(file, known),
+        known=known,
+        check=dry_run,
+        digest=digest or "",
+        confirm=time,
+        force=force,
+    )
     report(done, "would load" if dry_run else "loaded")
     if not confirm:
         return
@@ -54,7 +67,7 @@ def command(
 def report(done: Applied, verb: str) -> None:
     """Say what was done."""
     unchanged = ": as it was" if done.plan.empty else ""
-    click.echo(f"{verb} {', '.join(done.loaded)}{unchanged}")
+    click.echo(f"{verb} {', '.join([*done.loaded, *done.links])}{unchanged}")
     if done.removed:
         click.echo(f"removed {', '.join(done.removed)} (no longer in the file)")
     if done.off:

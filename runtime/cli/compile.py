@@ -7,12 +7,13 @@ from typing import Any
 import click
 
 from itmlang.ir import Condition
+from itmlang.links import Link, classid_text
 from itmlang.nft.model import Queue
 from itmlang.nft.text import comment
 from itmlang.pipeline import Compiled
 from itmlang.place import Placement
 from itmlang.source import Span
-from itmlang.unparse import condition_text
+from itmlang.unparse import condition_text, controller_text, link_lines, timer_text
 from runtime.cli.files import capabilities, compiled, file_argument, machine_option, write
 from runtime.cli.output import as_json, table
 from runtime.errors import UsageError
@@ -119,6 +120,15 @@ def _json(result: Compiled) -> dict[str, Any]:
                     }
                     for q in table.queues
                 ],
+                "controllers": [
+                    {k: v for k, v in asdict(c).items() if k not in ("span", "gains", "values")}
+                    | {"gains": dict(c.gains), "line": c.span.line}
+                    for c in table.controllers
+                ],
+                "timers": [
+                    {"policy": t.policy, "period": t.period, "calls": t.target, "line": t.span.line}
+                    for t in table.timers
+                ],
                 "chains": [
                     {
                         "name": chain.name,
@@ -140,7 +150,25 @@ def _json(result: Compiled) -> dict[str, Any]:
             }
             for table in result.ruleset.tables
         ],
+        "links": [_link(link) for link in result.ruleset.links],
     }
+
+
+def _link(link: Link) -> dict[str, Any]:
+    """Rates are in bytes a second."""
+    fields = {
+        k: v for k, v in asdict(link).items() if k not in ("at", "span", "handle", "otherwise")
+    }
+    classes = [
+        {k: v for k, v in asdict(one).items() if k not in ("span", "number")}
+        | {
+            "classid": classid_text(link.classid(one)),
+            "otherwise": one.number == link.otherwise,
+            "line": one.span.line,
+        }
+        for one in link.classes
+    ]
+    return {**fields, "classes": classes, "line": link.span.line}
 
 
 def _ir(result: Compiled) -> str:
@@ -149,7 +177,7 @@ def _ir(result: Compiled) -> str:
     def line(name: str, condition: Condition | None) -> str:
         return f"  {name}" + ("" if condition is None else f" when {condition_text(condition)}")
 
-    lines = []
+    lines = [line for link in result.ruleset.links for line in link_lines(link)]
     queues = [queue for table in result.ruleset.tables for queue in table.queues]
     for simple in result.simplified:
         policy = simple.policy
@@ -167,6 +195,8 @@ def _ir(result: Compiled) -> str:
             lines += [f"  process {name}: " + "; ".join(_one_line(s.span) for s in steps)]
         lines += [f"  {_one_line(update.span)}" for update in policy.updates]
         lines += [_queue_line(q) for q in queues if q.policy == policy.name]
+        lines += [f"  {controller_text(one)}" for one in policy.controllers]
+        lines += [f"  {timer_text(one)}" for one in policy.timers]
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""`itmc enable`: switch policies on again, with all that they learned."""
+"""`itmc enable`: switch policies and links on again, with all that they learned."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,9 @@ from runtime.cli.output import warn
 @click.command()
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 def command(names: tuple[str, ...]) -> None:
-    """Hang policies that are off into their hooks again.
+    """Hang policies that are off into their hooks again, put links to their interfaces.
 
-    Flows, counters and learned sets are as they were left.
+    Flows, counters and learned sets are as they were left. A link begins to count anew.
     """
     report(names, on=True)
 

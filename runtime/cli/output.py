@@ -2,13 +2,21 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from itmlang.diagnostics import Diagnostic, render
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+
+_NUMBER: Final = re.compile(r"[\d,]+(\.\d+)?( [a-z/]+|%)?")
 
 
 def show(diagnostics: Iterable[Diagnostic]) -> None:
@@ -41,20 +49,35 @@ def say(message: str, colour: str = "") -> None:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Aligned columns to stdout; numbers stand right."""
+    console().print(laid_out(head, rows))
+
+
+def laid_out(head: Sequence[str], rows: Iterable[Sequence[object]]) -> "Table":
+    """The table; numbers, with their unit, stand right, and so does "-" for a missing one."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     cells = [[str(cell) for cell in row] for row in rows]
     for index, title in enumerate(head):
-        numbers = cells and all(row[index].replace(",", "").isdigit() for row in cells)
+        column = [row[index] for row in cells if row[index] != "-"]
+        numbers = column and all(map(_NUMBER.fullmatch, column))
         made.add_column(title, justify="right" if numbers else "left", overflow="fold")
     for row in cells:
         made.add_row(*row)
-    # Nobody's terminal: then nothing is cut to a width.
-    width = None if sys.stdout.isatty() else 500
-    Console(width=width, highlight=False, markup=False, emoji=False).print(made)
+    return made
+
+
+def console() -> "Console":
+    """Stdout, for what rich prints."""
+    from rich.console import Console
+
+    # Nobody's terminal: then nothing is cut to a width, nor coloured.
+    terminal = sys.stdout.isatty()
+    return Console(
+        width=None if terminal else 500, force_terminal=terminal, highlight=False, markup=False,
+        no_color="NO_COLOR" in os.environ, emoji=False,
+    )  # fmt: skip
 
 
 def as_json(value: Any) -> None:

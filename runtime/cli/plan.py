@@ -17,7 +17,7 @@ from runtime.store import load
 from runtime.units import Unit
 
 _MOST_SHOWN: Final = 12  # changes of one kind of a policy, without --rules
-_KINDS: Final = ("table", "chain", "set", "counter", "tunnel")  # and what others made
+_KINDS: Final = ("table", "chain", "set", "counter", "tunnel", "link")  # and what others made
 _MOST_LINES: Final = 60  # of a diff
 _SIGNS: Final = {"create": "+", "delete": "-", "replace": "~", "migrate": ">", "keep": "="}
 _COLOURS: Final = {"+": "green", "-": "red", "~": "yellow", ">": "cyan"}
@@ -95,7 +95,7 @@ def _show(plan: Plan, rules: bool) -> None:
     for (table, policy), changes in groups.items():
         if all(change.action == "keep" for change in changes):
             continue
-        say(f"{policy or 'shared'} ({table})")
+        say(f"{policy or 'shared'} ({table})" if table else policy)
         for kind in dict.fromkeys((*_KINDS, *(change.kind for change in changes))):
             _show_kind([c for c in changes if c.kind == kind and c.action != "keep"], rules)
         kept = Counter(change.kind for change in changes if change.action == "keep")

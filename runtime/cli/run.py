@@ -10,7 +10,6 @@ import click
 from runtime.apply import apply, remove
 from runtime.cli.apply import report
 from runtime.cli.files import file_argument, unit
-from runtime.status import loaded
 from runtime.store import directory, load
 
 _LOOK = 0.5  # seconds between two looks at the runtime's log
@@ -39,8 +38,9 @@ def command(file: str | None) -> None:
             log.tell(done.loaded)
     finally:
         # Some may have been removed by somebody else meanwhile.
-        left = {policy.name for policy in loaded()}
-        gone = [name for name in done.loaded if name in left]
+        state = load()
+        left = {*state.names, *(link.name for link in state.links)}
+        gone = [name for name in [*done.loaded, *done.links] if name in left]
         if gone:
             remove(gone)
     click.echo(f"\nremoved {', '.join(gone)}" if gone else "\nnothing was left to remove")

@@ -1,31 +1,78 @@
-"""`itmc status`: what runs, and what it counted."""
+"""`itmc status`: what runs, what it counted, what its controllers decided."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import datetime
+from typing import Any, Final
 
 import click
 
+from itmlang.control import Controller
 from runtime.cli.output import as_json, table
-from runtime.status import PolicyStatus, PythonStatus, Waiting, pending, status
+from runtime.cli.words import (
+    absence,
+    controllers,
+    decided,
+    link_line,
+    policy_line,
+    sampled,
+    timers,
+    uncalled,
+)
+from runtime.decisions import parsed
+from runtime.errors import UsageError
+from runtime.status import (
+    LinkStatus,
+    PolicyStatus,
+    PythonStatus,
+    Waiting,
+    control_log,
+    link_status,
+    pending,
+    status,
+)
+from runtime.store import load
 
 # Of a table's size, where a warning begins.
 _NEARLY_FULL = 0.9
 _MOST_TOLD = 5
+_DECISIONS: Final = 20  # that are shown
 
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--json", "in_json", is_flag=True, help="As JSON.")
-def command(names: tuple[str, ...], in_json: bool) -> None:
-    """Show the loaded policies (or those named): classes, flows, drift."""
-    policies = status(names)
+@click.option("--control", is_flag=True, help="What the controllers of policy NAME decided.")
+@click.option(
+    "--last", type=click.IntRange(min=1), default=None, metavar="N",
+    help="With --control: so many decisions (20, with --json all that are kept).",
+)  # fmt: skip
+@click.option("--json", "in_json", is_flag=True, help="As JSON; with --control, as lines of JSON.")
+def command(names: tuple[str, ...], control: bool, last: int | None, in_json: bool) -> None:
+    """Show the loaded policies and links (or those named): classes, flows, drift, controllers."""
+    if control:
+        _show_log(names, last, in_json)
+        return
+    if last is not None:
+        raise UsageError("--last goes with --control")
+    state = load()
+    policies, links = status(names, state), link_status(names, state)
     if in_json:
-        as_json({"schema": 1, "pending": as_pending(), "policies": [_json(p) for p in policies]})
+        as_json(
+            {
+                "schema": 1,
+                "pending": as_pending(),
+                "policies": [_json(p) for p in policies],
+                "links": [asdict(link) for link in links],
+            }
+        )
         return
     tell_pending()
-    if not policies:
+    if not policies and not links:
         click.echo("no policy is loaded")
     for policy in policies:
         _show(policy)
+    for link in links:
+        _show_link(link)
 
 
 def as_pending() -> dict[str, object] | None:
@@ -36,9 +83,15 @@ def as_pending() -> dict[str, object] | None:
 
 def tell_pending() -> None:
     """Say what waits to be confirmed."""
+    told = told_pending()
+    if told:
+        click.echo(told)
+
+
+def told_pending() -> str:
+    """What waits to be confirmed, "" for nothing."""
     found = pending()
-    if found is not None:
-        click.echo(_told(found))
+    return "" if found is None else _told(found)
 
 
 def _told(waiting: Waiting) -> str:
@@ -60,10 +113,7 @@ def _json(policy: PolicyStatus) -> dict[str, object]:
 
 
 def _show(policy: PolicyStatus) -> None:
-    hooks = ", ".join(hook for hook, _ in policy.hooks)
-    parts = [policy.state, f"at {hooks}" if hooks else "at no hook", f"priority {policy.priority}"]
-    parts += [f"from {policy.file}"] if policy.file else []
-    click.echo(f"{policy.name}: {', '.join(parts)}")
+    click.echo(policy_line(policy))
     if policy.parameters:
         told = ", ".join(f"{name} = {value}" for name, value in policy.parameters.items())
         click.echo(f"  with {told}")
@@ -72,11 +122,7 @@ def _show(policy: PolicyStatus) -> None:
     elif policy.state == "unknown":
         click.echo("  a table of ours that no record knows: apply its file, or remove it")
     elif policy.drift:
-        click.echo(
-            f"  changed by something else: {'; '.join(policy.changed[:_MOST_TOLD])}"
-            + ("; …" if len(policy.changed) > _MOST_TOLD else "")
-        )
-        click.echo("  `itmc apply` puts it right")
+        _show_drift(policy.changed)
     if policy.classes:
         table(("class", "packets", "bytes"), [(c.name, c.packets, c.bytes) for c in policy.classes])
     if policy.python is not None:
@@ -93,11 +139,80 @@ def _show(policy: PolicyStatus) -> None:
     if policy.learned:
         sets = [(f"@{s.name}", s.entries, s.size, s.unlearned) for s in policy.learned]
         table(("learned set", "entries", "max", "additions without room"), sets)
+    if policy.control:
+        table(*controllers(policy))
+        for line in decided(policy):
+            click.echo(f"  {line}")
+    if policy.timers:
+        table(*timers(policy))
+        for line in uncalled(policy):
+            click.echo(f"  {line}")
     for flow in policy.flows:
         _warn_of_full(f"the flow `{flow.name}`", flow.entries, flow.size, flow.uncounted or 0)
     for one in policy.learned:
         _warn_of_full(f"the set `@{one.name}`", one.entries, one.size, one.unlearned)
     click.echo()
+
+
+def _show_drift(changed: Sequence[str]) -> None:
+    told = "; ".join(changed[:_MOST_TOLD]) + ("; …" if len(changed) > _MOST_TOLD else "")
+    click.echo(f"  changed by something else: {told}")
+    click.echo("  `itmc apply` puts it right")
+
+
+def _show_link(link: LinkStatus) -> None:
+    click.echo(link_line(link))
+    if absence(link):
+        click.echo(f"  {absence(link)}")
+    elif link.drift:
+        _show_drift(link.changed)
+    if link.state == "on":
+        rows = [
+            (c.name, c.priority, c.packets, c.bytes, c.drops, c.waiting, c.waiting_bytes)
+            for c in link.classes
+        ]
+        table(("class", "priority", "packets", "bytes", "drops", "waiting", "bytes waiting"), rows)
+    click.echo()
+
+
+def _show_log(names: Sequence[str], last: int | None, in_json: bool) -> None:
+    """What controllers decided."""
+    if len(names) != 1:
+        raise UsageError("--control shows one policy: name it", "`itmc status NAME --control`")
+    log, written = control_log(names[0])
+    if in_json:
+        for line in log[-last:] if last else log:
+            click.echo(line)
+        return
+    found = [one for line in log[-(last or _DECISIONS) :] for one in parsed(line)]
+    if not found:
+        click.echo("nothing was decided yet")
+        return
+    head = ("time", "controls", "value", "sample", "wanted", "because", "held back by")
+    table(head, [_decision(one, written) for one in found])
+    if len(found) < len(log):
+        click.echo(f"the last {len(found)} of {len(log)} decisions")
+
+
+def _decision(
+    one: Mapping[str, Any], controllers: Mapping[str, Controller]
+) -> tuple[str, str, str, str, str, str, str]:
+    written, value, unit = one.get("written", "-"), one.get("value"), one.get("unit", "")
+    shown = "-" if value is None else f"{value:g}"
+    if value is not None and written in controllers:
+        shown = controllers[written].shown(value)
+    because = one.get("reason", "") + (" (dry run)" if one.get("dry") else "")
+    return (
+        _clock(one.get("time")), written, shown, sampled(one.get("sample"), unit),
+        sampled(one.get("target"), unit), because, one.get("blocked", ""),
+    )  # fmt: skip
+
+
+def _clock(when: float | None) -> str:
+    if when is None:
+        return "-"
+    at = datetime.fromtimestamp(when)
+    return at.strftime("%H:%M:%S.") + f"{at.microsecond // 1000:03}"
 
 
 def _show_python(python: PythonStatus) -> None:

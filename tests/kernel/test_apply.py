@@ -232,7 +232,7 @@ def test_a_refusal_is_shown_at_the_policys_line_and_changes_nothing(host):
     assert runtime_status.status()[0].drift is False
 
 
-@pytest.mark.parametrize("step", ["commit", "_correct", "seen", "keep_for_boot"])
+@pytest.mark.parametrize("step", ["commit", "correct", "seen", "keep_for_boot"])
 @pytest.mark.parametrize("error", [MachineError("no space left"), OSError(28, "No space left")])
 def test_what_fails_after_loading_is_no_refusal(host, monkeypatch, step, error):
     wanted = policy(MARK.format(name="m", priority=0, dscp=1))
@@ -243,7 +243,7 @@ def test_what_fails_after_loading_is_no_refusal(host, monkeypatch, step, error):
             calls.append(arguments)
             raise error
 
-        broken.setattr(runtime_apply if step == "_correct" else store.Store, step, fail)
+        broken.setattr(runtime_apply if step == "correct" else store.Store, step, fail)
         assert runtime_apply.apply(wanted).loaded == ("m",)
         assert len(calls) == 1
     word = "unknown" if step == "commit" else "on"
@@ -314,7 +314,7 @@ def test_an_unusable_state_folder_changes_nothing(host, tmp_path, monkeypatch):
     assert nft.tables() == ()
 
 
-STATE = '{"schema": 4, "generation": 1, "kept": [1], %s}'
+STATE = '{"schema": 5, "generation": 1, "kept": [1], %s}'
 
 
 @pytest.mark.parametrize(
@@ -323,15 +323,15 @@ STATE = '{"schema": 4, "generation": 1, "kept": [1], %s}'
         ("", "state.json cannot be used: it does not hold what it should"),
         ("[]", "it does not hold what it should"),
         ("null", "it does not hold what it should"),
-        ('{"schema": 4}', "it does not hold what it should"),
-        ('{"schema": 4, "generation": "x"}', "it does not hold what it should"),
+        ('{"schema": 5}', "it does not hold what it should"),
+        ('{"schema": 5, "generation": "x"}', "it does not hold what it should"),
         (STATE.replace("1", "7") % '"applied": {}, "listed": {}', "it is gone"),
         (STATE % '"applied": {}, "listed": []', "it does not hold what it should"),
         (STATE % '"applied": {}, "listed": {"inet itm_m": 3}', "it does not hold what it should"),
         (STATE % '"applied": 3, "listed": {}', "it does not hold what it should"),
         ("\udcff", "it does not hold what it should"),
-        ('{"schema": 99}', "state.json has version 99, not 4"),
-        ('{"schema": 1}', "state.json has version 1, not 4"),
+        ('{"schema": 99}', "state.json has version 99, not 5"),
+        ('{"schema": 1}', "state.json has version 1, not 5"),
     ],
 )
 def test_a_damaged_state_file_changes_nothing(host, content, message):

@@ -34,6 +34,7 @@ from runtime import nft, traffic, tunnels
 from runtime.lab import Capture
 from runtime.traffic import Namespace, TrafficError, add_address, add_route, set_sysctl, veth
 from tests.kernel.test_tunnels import exchanged, listing, mtu, number, push, send, until
+from tests.support.commands import PATIENCE, lasting
 from tests.support.frames import wrong_checksums
 from tests.support.needs import unavailable
 
@@ -180,7 +181,9 @@ def five(
 DATA = bytes(range(251)) * 8000  # 2 MB
 
 
-def copied(five: Five, data: bytes = DATA, source: str = "client", patience: float = 20) -> bool:
+def copied(
+    five: Five, data: bytes = DATA, source: str = "client", patience: float = 20 * PATIENCE
+) -> bool:
     """The client sends over TCP, the server sends it back: is it the same?"""
     with five.hosts["server"].entered():
         listener = socket.create_server((SERVER, 80))
@@ -212,7 +215,7 @@ def copied(five: Five, data: bytes = DATA, source: str = "client", patience: flo
         thread.join()
 
 
-def arrives(five: Five, size: int, source: str = "client", patience: float = 1.0) -> bool:
+def arrives(five: Five, size: int, source: str = "client", patience: float = PATIENCE) -> bool:
     """A datagram that may be fragmented: does the server get it whole?"""
     with five.hosts["server"].entered():
         receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -238,7 +241,7 @@ def test_tcp_goes_through_the_tunnel_both_ways(five: Five) -> None:
         Capture(five.hosts["client"], "eth0") as own,
     ):
         assert copied(five)
-        time.sleep(0.2)
+        time.sleep(0.2 * PATIENCE)
     outer = [one.data for capture in (there, back) for one in capture.packets]
     assert len(outer) > 2 * len(DATA) / 1500
     assert {one[9] for one in outer} == {4}, "nothing but tunnelled packets"
@@ -345,7 +348,7 @@ def test_fragments_of_tunnelled_packets_are_taken_out_together(
     fragments = [carried(packet[:800], flags="MF", id=9), carried(packet[800:], frag=100, id=9)]
     with server.entered(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
         receiver.bind((SERVER, 2))
-        receiver.settimeout(5)
+        receiver.settimeout(5 * PATIENCE)
         push(core, "eth1", fragments)
         assert receiver.recv(1 << 16) == bytes(1400)
 
@@ -362,7 +365,7 @@ def told(five: Five, size: int, host: str = "client") -> int | None:
         sender.connect((SERVER, 7))
         try:
             sender.send(bytes(size - 28))
-            time.sleep(0.3)
+            time.sleep(0.3 * PATIENCE)
             sender.send(bytes(size - 28))
         except ConnectionRefusedError:  # it came there
             return None
@@ -378,7 +381,7 @@ def errors(five: Five, packets: Sequence[bytes]) -> list[tuple[bytes, int]]:
     with Capture(client, "eth0") as capture:
         push(client, "eth0", [*packets, last])
         until(lambda: any(one.data[20] == 0 for one in capture.packets if one.data[9] == 1), "echo")
-        time.sleep(0.2)
+        time.sleep(0.2 * PATIENCE)
     found = []
     for one in capture.packets:
         error = IP(one.data)
@@ -521,7 +524,7 @@ def everything(place: Namespace) -> list[str]:
 
 def same(place: Namespace, before: list[str]) -> None:
     """It is so again, once those who end have ended."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 5 * PATIENCE
     while everything(place) != before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert everything(place) == before
@@ -570,7 +573,7 @@ def test_rolled_back_by_hand_and_by_time(network: Five, way: str) -> None:
     assert not arrives(network, 10, patience=0.3)
     network.itmc("near", "rollback")
     assert arrives(network, 10)
-    network.apply("near", elsewhere, "--confirm", "2s")
+    network.apply("near", elsewhere, "--confirm", lasting(2))
     assert not arrives(network, 10, patience=0.3)
     until(lambda: arrives(network, 10, patience=0.1), "it goes back")
     network.apply("near", NEAR.format(run=WAYS[way]))
@@ -582,7 +585,7 @@ def test_gone_by_time(network: Five, way: str) -> None:
     near = network.hosts["near"]
     strict(near)
     before = everything(near)
-    network.apply("near", NEAR.format(run=WAYS[way]), "--confirm", "2s")
+    network.apply("near", NEAR.format(run=WAYS[way]), "--confirm", lasting(2))
     same(near, before)
 
 
@@ -596,7 +599,7 @@ def test_killed_at_any_time(network: Five, way: str) -> None:
     (network.folder / "near.itm").write_text(NEAR.format(run=WAYS[way]))
     for words in (("apply", "near.itm"), ("remove", "--all")) * 4:
         process = network.start("near", *words)
-        time.sleep(chance.uniform(0.25, 1.0))
+        time.sleep(chance.uniform(0.25, 1.0) * PATIENCE)
         process.kill()
         process.communicate()
     network.itmc("near", "apply", "near.itm")

@@ -656,7 +656,7 @@ def test_signals_clean_up(host: Namespace, tmp_path: Path, ending: signal.Signal
         assert ends.passed(b"x") == [(b"x", 0x10)]
         assert tables() == ["inet itm_program_output"]
         process.send_signal(ending)
-        said, error = process.communicate(timeout=30)
+        said, error = process.communicate(timeout=30 * PATIENCE)
     assert (process.returncode, said, error) == (0, "after\n", "")
     assert (tables(), status()) == ([], ())
     assert ends.passed(b"x") == [(b"x", 0)]
@@ -681,7 +681,7 @@ def test_ignored_signals_stay_ignored(host: Namespace, tmp_path: Path) -> None:
 )
 def test_errors_clean_up(host: Namespace, tmp_path: Path, end: str, code: int) -> None:
     with program(tmp_path, end) as process:
-        process.communicate(timeout=30)
+        process.communicate(timeout=30 * PATIENCE)
     assert process.returncode == code
     assert (tables(), status()) == ([], ())
 
@@ -750,7 +750,7 @@ def test_removed_by_hand(host: Namespace, tmp_path: Path) -> None:
         assert run("remove", "--all").returncode == 0
         assert ends.passed(b"x") == [(b"x", 0)]
         process.terminate()
-        assert process.communicate(timeout=30)[1] == ""
+        assert process.communicate(timeout=30 * PATIENCE)[1] == ""
     assert process.returncode == 0
 
 

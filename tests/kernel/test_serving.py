@@ -461,7 +461,7 @@ def serve() -> Iterator[subprocess.Popen[str]]:
         yield process
     finally:
         os.killpg(process.pid, signal.SIGINT)
-        process.said = process.communicate(timeout=30)
+        process.said = process.communicate(timeout=30 * commands.PATIENCE)
 
 
 # Several policies, several queues.
@@ -897,10 +897,14 @@ class Stream:
     def _run(self) -> None:
         begun = time.monotonic()
         while not self._stopping.is_set():
-            while self.sent < (time.monotonic() - begun) * self._rate:
+            # A slow machine never catches up.
+            while self._behind(begun) and not self._stopping.is_set():
                 self._udp.send(b"%d" % self.sent)
                 self.sent += 1
             time.sleep(0.001)
+
+    def _behind(self, begun: float) -> bool:
+        return self.sent < (time.monotonic() - begun) * self._rate
 
     def __enter__(self) -> "Stream":
         self._thread.start()
@@ -1073,7 +1077,7 @@ def queues_served() -> set[int]:
 
 
 def queues_wanted() -> set[int]:
-    return {job.number for job in serving.queues(store.load()).values()}
+    return {job.number for job in serving.jobs(store.load()).values()}
 
 
 def settled() -> bool:
@@ -1105,7 +1109,7 @@ def test_workers_follow_every_change(machine, ends):
     assert outcome() == b"x 1 1"
     runtime_apply.rollback()
     assert outcome() == b"x 1"
-    runtime_apply.apply(machine.unit(two), confirm=0.5)
+    runtime_apply.apply(machine.unit(two), confirm=0.5 * commands.PATIENCE)
     assert outcome() == b"x 1 1"
     until(lambda: not commands.pending())
     assert outcome() == b"x 1"
@@ -1164,7 +1168,7 @@ def test_going_back_does_not_wait_for_a_handler_that_is_gone(machine, ends):
     machine.handlers(VERSION % 1)
     machine.apply(text())
     machine.handlers(VERSION % 2, "later")
-    runtime_apply.apply(machine.unit(text('call "later:handle"')), confirm=1)
+    runtime_apply.apply(machine.unit(text('call "later:handle"')), confirm=1 * commands.PATIENCE)
     (machine.folder / "hand.py").unlink()
     until(lambda: not commands.pending())
     assert [unit.source.text for unit in store.load().units] == [text()]
@@ -1351,7 +1355,7 @@ def test_run_says_what_goes_wrong_with_handlers(machine, ends):
     until(lambda: log.exists() and log.read_text().count("failed") == 2)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=30)
+    said = process.communicate(timeout=30 * commands.PATIENCE)
     assert process.returncode == 0
     assert "removed p" in said[0]
     (line,) = said[1].splitlines()

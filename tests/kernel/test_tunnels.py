@@ -29,6 +29,7 @@ from runtime.lab import Capture
 from runtime.pathmtu import PathMtu
 from runtime.traffic import Namespace, TrafficError, add_address, add_route, set_sysctl, veth
 from runtime.tunnels import Before, Decapsulation, Encapsulation, Entry, Exit
+from tests.support.commands import PATIENCE
 from tests.support.frames import wrong_checksums
 from tests.support.needs import unavailable
 
@@ -46,7 +47,7 @@ AT_NEAR = Decapsulation(OUT, (number(NEAR),))
 AT_FAR = Decapsulation(
     OUT, (number("192.0.2.9"), number(FAR)), ((number("10.2.0.0"), 24),), ("eth0",)
 )
-WAIT = 5.0  # seconds until what does not come is missing
+WAIT = 5.0 * PATIENCE  # seconds until what does not come is missing
 
 
 @dataclass
@@ -412,7 +413,7 @@ def arrives(line: Line, size: int) -> bool:
         sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     with receiver, sender:
         receiver.bind((SERVER, 7))
-        receiver.settimeout(1)
+        receiver.settimeout(PATIENCE)
         sender.setsockopt(socket.IPPROTO_IP, 10, 0)  # IP_MTU_DISCOVER, IP_PMTUDISC_DONT
         sender.sendto(bytes(size), (SERVER, 7))
         try:

@@ -10,7 +10,9 @@ machine with several hangs: the kernel patches its own code (static keys) while 
 runs it, and that one goes on for ever with the breakpoint that qemu 7.2 had translated.
 
 Emulated code is about ten times as slow, so the tests wait ten times as long
-(`ITM_PATIENCE`, tests/support/commands.py). Nothing may be skipped: this kernel has all
+(`ITM_PATIENCE`, tests/support/commands.py). A machine's clock counts instructions, one a
+nanosecond (qemu's `-icount`), and real time only while it idles: so what else runs here
+does not make anything in there late. Nothing may be skipped: this kernel has all
 that itm uses. Arguments are pytest's, in place of `TESTS`. In the environment:
 `STOCK_LIMIT` is the most seconds that the machines may run (3600).
 """
@@ -49,7 +51,7 @@ TESTS = (
 )
 CPUS = min(os.cpu_count() or 1, 8)  # 2 GB of memory each, at most
 OPTIONS = (
-    "--quiet", "--color=no", "--durations=5", "--junitxml=/run/exchange/junit.xml",
+    "--verbose", "--color=no", "--tb=short", "--durations=5", "--junitxml=/run/exchange/junit.xml",
     "-p", "no:xdist", "-p", "tests.stock.share",
     # A test that hangs is told by where it does.
     "-o", "faulthandler_timeout=900",
@@ -65,6 +67,7 @@ class NotRunError(Exception):
 
 
 def main(arguments: list[str]) -> int:
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends machines
     try:
         kernel = unpacked_kernel()
         virtme()
@@ -181,6 +184,7 @@ class Machine:
         return [
             "vng", "--disable-kvm", "--verbose", "--user", "root", "--cpus", "1",
             "--memory", "2G",
+            "--qemu-opts=-icount shift=0,sleep=on",
             f"--qemu-opts={_shared('/', 'host', ',readonly=on')}",
             f"--qemu-opts={_shared(str(self._exchange), 'exchange')}",
             "--run", str(kernel / f"boot/vmlinuz-{kernel.name}"), "--", script,

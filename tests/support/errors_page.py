@@ -5,7 +5,7 @@
     --- wrong [with E010] [encoded latin-1]    `with` names codes that come beside it
     --- file NAME                              a file that the policy names
     --- mended                                 without text, only its files differ
-    --- command                                instead of `wrong`: `$ itmc …` and what it prints
+    --- command                                instead of `wrong`: `$ itmc …` and what it prints; also `ip`, `tc`
 
 What is shown of a wrong policy is what `itmc check policy.itm` prints today.
 """
@@ -13,6 +13,7 @@ What is shown of a wrong policy is what `itmc check policy.itm` prints today.
 import io
 import re
 import shlex
+import subprocess
 from collections.abc import Mapping
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ CODES: Final = ROOT / "tests" / "errors" / "codes"
 POLICY: Final = "policy.itm"
 # Of more diagnostics only the first and the last are shown.
 _MOST_SHOWN: Final = 4
+_COMMAND: Final = re.compile(r"\$ (?:itmc|ip|tc) ")
 _SECTION: Final = re.compile(r"^--- (\w+)(.*)\n", re.MULTILINE)
 _DIAGNOSTIC: Final = re.compile(r"^(?:\S.*: )?(?:error|warning)\[([EW]\d{3})\]", re.MULTILINE)
 _HEAD: Final = """\
@@ -75,10 +77,10 @@ class Entry:
 
     def dialogue(self, more: Mapping[str, str]) -> str:
         """The commands with what they print today; `more` are files too large to show."""
-        lines = [line for line in self.command.splitlines() if line.startswith("$ itmc ")]
+        lines = [line for line in self.command.splitlines() if _COMMAND.match(line)]
         with TemporaryDirectory() as folder, chdir(folder):
             _write({**self.files, **more})
-            return "".join(f"{line}\n{_printed(shlex.split(line)[2:])}" for line in lines)
+            return "".join(f"{line}\n{_said(shlex.split(line)[1:])}" for line in lines)
 
     def bless(self, command: str) -> None:
         """Put what the commands print into the file."""
@@ -89,6 +91,13 @@ class Entry:
 def _write(files: Mapping[str, str]) -> None:
     for name, text in files.items():
         Path(name).write_text(text, encoding="utf-8")
+
+
+def _said(words: list[str]) -> str:
+    """What a command prints: ours, or `ip` and `tc`, which prepare a machine."""
+    if words[0] == "itmc":
+        return _printed(words[1:])
+    return subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def _printed(arguments: list[str]) -> str:
