@@ -90,6 +90,10 @@ FEATURES: Final[tuple[Feature, ...]] = (
         _OWN_RULES, r"\bvmap \{",
     ),
     Feature(
+        "timed verdict maps", "policies", "parameters under control, back at their file's value when nobody moves them",
+        "no parameter in `control`", _NEWER, r"^\tmap |\bvmap @",
+    ),
+    Feature(
         "dynamic sets", "policies", "flows and learned sets, with time-outs and a size",
         "no flow, no learned set, no `update`", _NEWER, r"flags dynamic|\bupdate @|\badd @",
     ),

@@ -12,6 +12,7 @@ from itmlang import ir, syntax, values
 from itmlang.actions import ACTIONS, Action
 from itmlang.actions.call import Call
 from itmlang.actions.drop import Drop
+from itmlang.actions.dscp import SetDscp
 from itmlang.actions.encapsulate import Encapsulate
 from itmlang.actions.priority import Priority
 from itmlang.conditions import COMPARED, Conditions, flow_tests
@@ -777,6 +778,8 @@ class _Check:
                 help=did_you_mean(part, names) or f"it has {', '.join(names)}",
             )  # fmt: skip
             return None
+        if link.only_marks:
+            return SetDscp(found.dscp[0])
         if link.ingress:
             self.findings.error(
                 "E037", f"`{name}` shapes what comes in, before any policy sees it",

@@ -179,7 +179,17 @@ class _Check:
                 help=did_you_mean(name, self.around.links)
                 or f"declare it: `link {name} {{ interface \"eth0\"  rate 10 mbit  class bulk }}`",
             )  # fmt: skip
-        return self.around.links.get(name)
+        return self._scheduled(self.around.links.get(name), span)
+
+    def _scheduled(self, link: Link | None, span: Span) -> Link | None:
+        """The link, if it is one that has a rate and queues."""
+        if link is None or not link.only_marks:
+            return link
+        self.findings.error(
+            "E067", f"`{link.name}` only marks: it has no rate, and nothing waits there", span,
+            notes=(("it has no interface", link.span),),
+        )  # fmt: skip
+        return None
 
     # What is measured.
 
@@ -233,7 +243,7 @@ class _Check:
                 help=did_you_mean(parts[0], named),
             )  # fmt: skip
             return None
-        link = around.links[parts[0]]
+        link = self._scheduled(around.links[parts[0]], span)
         if link is None or not self._known(node, last, _OF_LINK):
             return None
         if len(parts) == 2 and link.find(parts[1]) is None:

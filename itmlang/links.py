@@ -49,7 +49,8 @@ class Link:
 
     `rate` is in bytes a second; `handle` the upper half of the classids; `otherwise`
     the number of the class that takes packets of which nobody says more. `at` is where the
-    interface is written. `probed`: a controller sends probes by it, which wait behind nothing.
+    interface is written. Without an interface, classes are told by their DSCP alone: this box only
+    marks, and one behind it schedules. `probed`: a controller sends probes by it, which wait behind nothing.
     """
 
     name: str
@@ -62,6 +63,10 @@ class Link:
     at: Span
     span: Span
     probed: bool = False
+
+    @property
+    def only_marks(self) -> bool:
+        return not self.interface
 
     @property
     def pattern(self) -> bool:
@@ -91,6 +96,8 @@ class Link:
 def overlap(one: Link, other: Link) -> bool:
     """Can an interface fit both?"""
     stems = one.interface.removesuffix("*"), other.interface.removesuffix("*")
+    if one.only_marks or other.only_marks:
+        return False
     if one.pattern and other.pattern:
         return stems[0].startswith(stems[1]) or stems[1].startswith(stems[0])
     return one.fits(stems[1]) if one.pattern else other.fits(stems[0])

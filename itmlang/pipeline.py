@@ -116,7 +116,8 @@ def lowered(
     """
     simplified = tuple(simplify(_asked_of_kernel(policy), findings) for policy in policies)
     findings.raise_errors()
-    ruleset = replace(lower(source.name, simplified, findings, capabilities), links=links)
+    scheduled = tuple(link for link in links if not link.only_marks)
+    ruleset = replace(lower(source.name, simplified, findings, capabilities), links=scheduled)
     _vary(ruleset, policies, simplified, others or {}, findings, capabilities)
     handing = {one.policy: one for table in ruleset.tables for one in table.queues}
     tunnels = [one for table in ruleset.tables for one in table.tunnels]

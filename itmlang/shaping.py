@@ -78,8 +78,12 @@ class _Check:
 
     def link(self, handle: int) -> Link | None:
         node = self.node
-        interface = self._one(syntax.LinkInterface, "interface", 'interface "eth1"')
-        rate_line = self._one(syntax.LinkRate, "rate", "rate 10 mbit")
+        lines = (syntax.LinkInterface, syntax.LinkRate)
+        marks = bool(node.lines) and not any(isinstance(line, lines) for line in node.lines)
+        interface = self._one(
+            syntax.LinkInterface, "interface", "" if marks else 'interface "eth1"'
+        )
+        rate_line = self._one(syntax.LinkRate, "rate", "" if marks else "rate 10 mbit")
         nodes = [line for line in node.lines if isinstance(line, syntax.LinkClass)]
         if not nodes:
             self._error("E015", f"the link `{node.name.text}` has no class", node.name.span,
@@ -93,12 +97,37 @@ class _Check:
         self._guarantees(rate, classes)
         self._marked_once(classes)
         otherwise = self._otherwise(classes)
+        if marks and not self.failed:
+            return self._marking(nodes, classes, handle)
         if self.failed or interface is None or not device or not rate:
             return None
         return Link(
             node.name.text, device, interface.ingress, rate, handle, otherwise, classes,
             interface.span, node.span,
         )  # fmt: skip
+
+    def _marking(
+        self, nodes: Sequence[syntax.LinkClass], classes: tuple[LinkClass, ...], handle: int
+    ) -> Link | None:
+        """A link of a box that only marks: each class is one DSCP, and nothing else."""
+        for node, one in zip(nodes, classes, strict=True):
+            others = [s for s in node.settings if s.name != "dscp"]
+            if len(one.dscp) != 1:
+                self._error(
+                    "E015", f"`{self.node.name.text}` has no interface, so it only marks: "
+                    f"`{one.name}` needs one dscp", node.span,
+                    help=f'write `class {one.name} {{ dscp ef }}`, or add `interface "eth1"` and a rate',
+                )  # fmt: skip
+            for setting in others:
+                self._error(
+                    "E015", f"`{self.node.name.text}` has no interface, so nothing waits there: "
+                    f"`{setting.name}` means nothing", setting.span,
+                    help='add `interface "eth1"` and a rate, or leave it out',
+                )  # fmt: skip
+        if self.failed:
+            return None
+        name = self.node.name
+        return Link(name.text, "", False, 0, handle, 0, classes, name.span, self.node.span)
 
     def _error(
         self, code: str, message: str, span: Span | None, help: str = "", notes: Any = ()

@@ -430,6 +430,12 @@ TRIALS: Final[Mapping[str, Callable[[Namespace], None]]] = {
         f"chain hit {{ {_WORKS}\n}}\n"
         + _chain(f"udp dport vmap {{ 1-3 : drop, {_PORT} : jump hit }}")
     ),
+    "timed verdict maps": _counts(
+        f"chain hit {{ {_WORKS}\n}}\n"
+        "map ways { type nf_proto : verdict; flags timeout; "
+        "elements = { ipv4 timeout 1m : jump hit } }\n"
+        + _chain(f"udp dport {_PORT} meta nfproto vmap @ways")
+    ),
     "dynamic sets": _counts(
         _SEEN + "\n" + _chain(f"udp dport @seen {_WORKS}", "update @seen { udp dport timeout 1h }"),
         sent=2,

@@ -58,6 +58,16 @@ NEEDING = {
             a { set tos minimize-delay } # here
         }
     }""",
+    "timed verdict maps": """policy p(most: packets = 10) {
+        at forward
+        flow f by saddr
+        classify {
+            a when f.packets <= most
+            b
+        }
+        log { count f } # here
+        control { most every 1s toward f.flows = 5 with threshold step 1 within 2-20 }
+    }""",
     "dynamic sets": """policy p {
         at forward
         flow f by protocol # here
@@ -236,10 +246,10 @@ _WORDS = """
     drop dscp echo-reply echo-request ecn elements esp established filter flush forward
     frag-off goto gre hook hour icmp icmpv6 icmpx ifname iif iifname inc inet_proto
     inet_service input invalid ip ip6 ipv4 ipv4_addr ipv6 ipv6-icmp ipv6_addr jump l4proto
-    length mark maxseg meta minute missing mod name netdev new nf_proto nfproto oifname
+    length map mark maxseg meta minute missing mod name netdev new nf_proto nfproto oifname
     original output over packets policy port-unreachable postrouting prefix prerouting
     priority protocol random related reply reset return saddr sctp second set size snaplen
-    sport state table tcp th timeout type typeof udp udplite untracked version week with
+    sport state table tcp th timeout type typeof udp udplite untracked verdict version vmap week with
 """
 EVERYWHERE = set(_WORDS.split())
 

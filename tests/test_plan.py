@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from itmlang.nft.model import Rule, Table
+from itmlang.nft.model import FlowSet, Rule, Table
 from itmlang.nft.text import rule_line
 from itmlang.pipeline import compile
 from itmlang.resources import resource
@@ -164,6 +164,12 @@ def small() -> Unit:
     return of(WATCH)
 
 
+def _flags(one: FlowSet) -> frozenset[str]:
+    if one.role == "control":
+        return frozenset({"timeout"})
+    return frozenset({"dynamic", "timeout"} if one.timed else {"dynamic"})
+
+
 def running(table: Table) -> Running:
     """A table as a kernel lists it that took it as it was written."""
     number = 0
@@ -178,7 +184,8 @@ def running(table: Table) -> Running:
             s.types,
             s.size,
             s.timeout,
-            frozenset({"dynamic", "timeout"} if s.timed else {"dynamic"}),
+            _flags(s),
+            "map" if s.role == "control" else "set",
         )
         for s in table.sets
     }
