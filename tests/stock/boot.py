@@ -14,7 +14,7 @@ Emulated code is about ten times as slow, so the tests wait ten times as long
 nanosecond (qemu's `-icount`), and real time only while it idles: so what else runs here
 does not make anything in there late. Nothing may be skipped: this kernel has all
 that itm uses. Arguments are pytest's, in place of `TESTS`. In the environment:
-`STOCK_LIMIT` is the most seconds that the machines may run (3600).
+`STOCK_LIMIT` is the most seconds that the machines may run (7200).
 """
 
 import os
@@ -223,7 +223,7 @@ class Machine:
 def run(kernel: Path, arguments: list[str]) -> list[Machine]:
     """The machines, when all have ended."""
     shutil.rmtree(STOCK / "machines", ignore_errors=True)
-    limit = float(os.environ.get("STOCK_LIMIT", "3600"))
+    limit = float(os.environ.get("STOCK_LIMIT", "7200"))
     deadline = time.monotonic() + limit
     with ExitStack() as stack:
         machines = [
