@@ -1,4 +1,5 @@
 # make demo: set up, then show a policy on real TCP.  make test: set up, then run all tests.
+# make bench: what rulesets, the compiler and tracked flows cost, into bench/results.
 # make test-stock: those tests that load policies, before Debian's own kernel, emulated.
 
 VENV := .venv
@@ -10,7 +11,7 @@ DEBIAN := gcc libc6-dev libnetfilter-queue-dev libnftables1 nftables python3-dev
 STOCK_DEBIAN := busybox-static kmod qemu-system-x86 zstd
 PYTHON ?= python3
 
-.PHONY: setup demo test test-stock nightly lint clean
+.PHONY: setup demo test test-stock nightly bench lint clean
 
 setup: $(VENV)/.ready
 
@@ -52,5 +53,10 @@ nightly: setup
 	ITM_POLICIES=200 ITM_FUZZ=200000 ITM_EXAMPLES=4000 ITM_PACKETS=200000 $(BIN)/pytest -n auto \
 	  tests/test_parser.py tests/test_simplify.py tests/test_headers.py tests/kernel/test_random.py
 
+# Close to nothing else should run on the machine. QUICK=--quick: all of it, small.
+bench: setup
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	$(BIN)/python -m bench $(QUICK)
+
 clean:
-	rm -rf $(VENV) .stock dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) bench/.cache .stock dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import product
 from multiprocessing.connection import Connection
@@ -39,25 +39,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
+from bench.wire import HERE, RESULTS, ROUTER, SINK, Line, compiled
+from bench.wire import line as bare_line
 from itmlang import marks
 from itmlang.tunnel import Tunnel
 from runtime import netqueue, nft
 from runtime.netqueue import NF_ACCEPT, Answer, RawReader, Reader, Serve, Settings
 from runtime.nft import NftRefusalError
-from runtime.traffic import (
-    Namespace,
-    add_address,
-    add_route,
-    add_xt_queue_rule,
-    set_sysctl,
-    veth,
-)
+from runtime.traffic import Namespace, add_xt_queue_rule, set_sysctl
 
-HERE: Final = Path(__file__).parent
-RESULTS: Final = HERE / "results"
 ITMC: Final = str(Path(sys.executable).with_name("itmc"))
 FIRST: Final = 7  # queue
-SINK, ROUTER = "10.0.2.1", "10.0.2.254"
 PORT: Final = 5001
 TOS: Final = 0x10
 SIZES: Final = (64, 1400)  # bytes of a packet, with its IP header
@@ -199,41 +191,14 @@ def _scapy(what: str, queue: int) -> None:
 # The network.
 
 
-@dataclass(frozen=True)
-class Line:
-    """sender - router - sink."""
-
-    sender: Namespace
-    router: Namespace
-    sink: Namespace
-
-
 @contextmanager
 def line(*, offloads: bool) -> Iterator[Line]:
     """With `offloads`, packets on the links are as large as the stack likes to make them."""
-    with ExitStack() as stack:
-        made = Line(
-            *(
-                stack.enter_context(closing(Namespace.create(name)))
-                for name in ("sender", "router", "sink")
-            )
-        )
-        veth(made.sender, "eth0", made.router, "eth0", offloads=offloads)
-        veth(made.router, "eth1", made.sink, "eth0", offloads=offloads)
-        set_sysctl(made.router, "net/ipv4/ip_forward", "1")
+    with bare_line(offloads=offloads, silent=not offloads) as made:
         # What is put into a tunnel at prerouting comes from an address of the router's own.
         set_sysctl(made.router, "net/ipv4/conf/eth0/accept_local", "1")
-        add_address(made.sender, "eth0", "10.0.1.1/24")
-        add_address(made.router, "eth0", "10.0.1.254/24")
-        add_address(made.router, "eth1", f"{ROUTER}/24")
-        add_address(made.sink, "eth0", f"{SINK}/24")
-        add_route(made.sender, "default", via="10.0.1.254")
-        add_route(made.sink, "default", via=ROUTER)
         with made.router.entered():
             nft.load(COUNTED)
-        if not offloads:
-            with made.sink.entered():  # it answers nothing
-                nft.load("table inet silent {\nchain arriving {\ntype filter hook prerouting priority -500; policy drop;\n}\n}\n")  # fmt: skip
         yield made
 
 
@@ -537,13 +502,6 @@ def draw(results: Mapping[str, Any], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def compiled(folder: Path) -> None:
-    for name, libraries in (("queue", ["-lnetfilter_queue"]), ("sender", [])):
-        command = ["cc", "-O2", "-o", str(folder / name), str(HERE / f"{name}.c"), *libraries]
-        if subprocess.run(command, check=False).returncode:
-            raise SystemExit("the programs in C need gcc, libc6-dev and libnetfilter-queue-dev")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="packets through queues, in ratios")
     parser.add_argument("--rounds", type=int, default=5)
@@ -572,7 +530,8 @@ def main() -> None:
         "rounds": options.rounds,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
-        compiled(Path(place))
+        compiled("queue", Path(place), "-lnetfilter_queue")
+        compiled("sender", Path(place))
         for name, measure in measures.items():
             results[name] = measure(Path(place)) if options.only in (None, name) else []
     options.out.mkdir(parents=True, exist_ok=True)

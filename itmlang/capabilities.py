@@ -83,15 +83,16 @@ FEATURES: Final[tuple[Feature, ...]] = (
     # What rules look up.
     Feature(
         "value sets", "policies", "sets of values, ranges and prefixes", "only single values in conditions",
-        _OWN_RULES, r"flags interval|(?:^|\s)(?!vmap|@)\S+ \{ (?!type\b).*\}",
+        _OWN_RULES, r"flags interval|@(?:keys|ports|protocols|addresses)_|(?:^|\s)(?!vmap|@)\S+ \{ (?!type\b).*\}",
     ),
     Feature(
-        "verdict maps", "policies", "IPv4's types of service, chance", "no `set tos`, `unset tos`, `random`",
-        _OWN_RULES, r"\bvmap \{",
+        "verdict maps", "policies", "IPv4's types of service, chance, many classes",
+        "no `set tos`, `unset tos`, `random`; many classes need `--no-optimize`",
+        _OWN_RULES, r"^\tmap |\bvmap [@{]",
     ),
     Feature(
         "timed verdict maps", "policies", "parameters under control, back at their file's value when nobody moves them",
-        "no parameter in `control`", _NEWER, r"^\tmap |\bvmap @",
+        "no parameter in `control`", _NEWER, r"^\t\tflags timeout$",
     ),
     Feature(
         "dynamic sets", "policies", "flows and learned sets, with time-outs and a size",

@@ -15,6 +15,7 @@ from itmlang.actions.drop import Drop
 from itmlang.actions.dscp import SetDscp
 from itmlang.actions.encapsulate import Encapsulate
 from itmlang.actions.priority import Priority
+from itmlang.actions.route import RouteBy
 from itmlang.conditions import COMPARED, Conditions, flow_tests
 from itmlang.control import Controller, Timer
 from itmlang.controlling import Around, entries
@@ -22,6 +23,9 @@ from itmlang.diagnostics import Findings, did_you_mean
 from itmlang.evaluate import Parameter, Scope, one_address, single, value_set
 from itmlang.fields import EGRESS, FIELDS, HOOKS, INGRESS, INTEREST_FIELDS, Field, hook_kind
 from itmlang.links import Link
+from itmlang.overlaying import policy as overlay_policy
+from itmlang.overlaying import ways
+from itmlang.overlays import PRIORITY, Overlay, via
 from itmlang.rates import advice, fits, period
 from itmlang.resolve import DEFAULT_SIZE, Instance, Program, check_name, size_options
 from itmlang.shaping import links
@@ -45,7 +49,7 @@ DEFAULT_GROUP: Final = 1
 FULL_PACKET: Final = 1500  # bytes, as an Ethernet carries them
 
 # Words of the language that later versions will know as actions.
-_LATER: Final = frozenset({"route", "send", "proxy"})
+_LATER: Final = frozenset({"send", "proxy"})
 # Class numbers of a policy fit into the bits of `model.CLASS_BITS`, workers on a machine.
 MOST_QUEUES: Final = 16
 LARGEST_QUEUE: Final = 65_535  # the greatest number of one, and the packets that wait in it
@@ -66,20 +70,26 @@ _WRITTEN: Final[Mapping[type[Action], str]] = {
     Call: 'write `call "module:function"`',
     Encapsulate: "write `encapsulate to 192.0.2.1`",
     Priority: "write `priority LINK.CLASS`",
+    RouteBy: "write `route by OVERLAY`",
 }
 
 Node = TypeVar("Node", bound=syntax.Statement)
 
 
-def check(program: Program, findings: Findings) -> tuple[tuple[ir.Policy, ...], tuple[Link, ...]]:
-    """The policies that are to be loaded, in order, and the links.
+def check(
+    program: Program, overlays: Mapping[str, Overlay | None], findings: Findings
+) -> tuple[tuple[ir.Policy, ...], tuple[Link, ...]]:
+    """The policies that are to be loaded, in order, those of overlays last, and the links.
 
     Errors and warnings go to `findings`; policies with errors are left out.
     """
     named = links(program.links, _probed(program), Scope(program.sets), findings)
-    checked = [check_instance(one, program.sets, findings, named) for one in program.instances]
+    checked = [
+        check_instance(one, program.sets, findings, named, overlays) for one in program.instances
+    ]
+    checked += [overlay_policy(one) for one in overlays.values() if one is not None]
     for policy in program.templates:
-        check_instance(Instance(policy.name, policy), program.sets, findings, named)
+        check_instance(Instance(policy.name, policy), program.sets, findings, named, overlays)
     policies = tuple(policy for policy in checked if policy is not None)
     if not findings.failed:
         _check_sets(program, policies, findings)
@@ -106,12 +116,14 @@ def check_instance(
     sets: Mapping[str, ir.AnySet],
     findings: Findings,
     links: Mapping[str, Link | None] | None = None,
+    overlays: Mapping[str, Overlay | None] | None = None,
 ) -> ir.Policy | None:
     """One instance of a policy, None if something is wrong with it."""
+    one = _Check(instance, sets, findings, links or {}, overlays or {})
     if instance.use is None:
-        return _Check(instance, sets, findings, links or {}).policy()
+        return one.policy()
     with findings.because(f"`{instance.name.text}` uses it here", instance.use.span):
-        return _Check(instance, sets, findings, links or {}).policy()
+        return one.policy()
 
 
 def _check_sets(program: Program, policies: Iterable[ir.Policy], findings: Findings) -> None:
@@ -135,7 +147,7 @@ def _check_sets(program: Program, policies: Iterable[ir.Policy], findings: Findi
     filled = {c.set for p in policies for c in p.updates if isinstance(c, ir.Addition)}
     for policy in policies:
         for leaf in (leaf for c in policy.conditions for leaf in ir.leaves(c)):
-            if isinstance(leaf, ir.Member) and leaf.set not in filled:
+            if isinstance(leaf, ir.Member) and leaf.set.known is None and leaf.set not in filled:
                 findings.warning(
                     "W012", f"nothing is ever added to `@{leaf.set.name}`", leaf.span,
                     help=f"some policy's `update` should `add … to @{leaf.set.name}`",
@@ -197,9 +209,10 @@ class _Check:
         sets: Mapping[str, ir.AnySet],
         findings: Findings,
         links: Mapping[str, Link | None],
+        overlays: Mapping[str, Overlay | None],
     ) -> None:
         self.instance = instance
-        self.links = links
+        self.links, self.overlays = links, overlays
         self.node = instance.policy
         self.findings = findings
         self.scope = Scope(sets)
@@ -222,6 +235,7 @@ class _Check:
         rules = self._rules(conditions)
         counts, notes = self._log(conditions)
         process = self._process({rule.name for rule in rules}, hooks, conditions)
+        routes = self._routes(process, priority)
         updates = self._updates(conditions)
         run, fails_open = self._placement()
         queueing = self._queueing()
@@ -252,6 +266,8 @@ class _Check:
             queueing=queueing,
             controllers=controllers,
             timers=timers,
+            tunnels_in_python=any(one.in_python for one in routes),
+            routes=routes,
         )
         self._python(policy, run)
         return None if self._failed(errors_before) else policy
@@ -665,6 +681,8 @@ class _Check:
                 action = self._encapsulate(node)
             elif isinstance(node, syntax.IntoLink):
                 action = self._into_link(node)
+            elif isinstance(node, syntax.Route):
+                action = self._route(node)
             else:
                 action = self._action(node)
             if action is not None and self._stands(action, hooks, node.span):
@@ -789,6 +807,46 @@ class _Check:
             return None
         return Priority((link.classid(found), f"{name}.{part}", link.probe))
 
+    def _route(self, node: syntax.Route) -> Action | None:
+        name = node.overlay.text
+        if name not in self.overlays:
+            self.findings.error(
+                "E010", f"there is no overlay `{name}`", node.overlay.span,
+                help=did_you_mean(name, self.overlays)
+                or "declare it: overlay mesh { self 192.0.2.1  neighbor a 192.0.2.2 … }",
+            )  # fmt: skip
+            return None
+        return None if self.overlays[name] is None else RouteBy(name)
+
+    def _routes(self, process: dict[str, ir.Steps], priority: int) -> tuple[Overlay, ...]:
+        """The overlays that classes route by; what is done by way of each neighbour joins `process`."""
+        found: dict[str, Overlay] = {}
+        for steps in list(process.values()):
+            for step in ir.every_step(steps):
+                if not isinstance(step.action, RouteBy):
+                    continue
+                overlay = self.overlays[step.action.overlay]
+                assert overlay is not None
+                found[overlay.name] = overlay
+                if step not in steps:
+                    self.findings.error(
+                        "E034", "`route by` cannot depend on a limit", step.span,
+                        help="let the limit drop, and route what is left",
+                    )  # fmt: skip
+                if priority >= PRIORITY:
+                    self.findings.error(
+                        "E037", f"`route by` cannot stand at priority {priority}: what came out of "
+                        "a tunnel could not be told there, and would circle", step.span,
+                        help=f"the overlay's own policy stands at {PRIORITY}; stay below",
+                    )  # fmt: skip
+                process |= {via(overlay.name, one): do for one, do in ways(overlay).items()}
+        if len(found) > 1:
+            self.findings.error(
+                "E034", "a policy routes by one overlay at most", self.node.name.span,
+                help="write a policy for each",
+            )  # fmt: skip
+        return tuple(found.values())
+
     def _control(
         self, classes: tuple[str, ...]
     ) -> tuple[tuple[Controller, ...], tuple[Timer, ...]]:
@@ -819,7 +877,7 @@ class _Check:
                 help="" if later else values.unit_help(written) or did_you_mean(written, known),
             )  # fmt: skip
             return None
-        if kind in (Call, Encapsulate, Priority):
+        if kind in _WRITTEN:
             self.findings.error(
                 "E001", f"unexpected end of `{node.words[0]}`", node.span,
                 help=_WRITTEN[kind],

@@ -21,6 +21,7 @@ from itmlang.values import Ranges, Type
 
 # What can stand in interest and conditions.
 COMPARED: Final = {name: field for name, field in FIELDS.items() if field.compared}
+_ONLY_IPV4: Final = Ranges(1, ((0, 0),))
 _PATHS: Final = (
     ("prerouting", "input"), ("prerouting", "forward", "postrouting"), ("output", "postrouting"),
 )  # fmt: skip
@@ -119,6 +120,10 @@ class Conditions:
                 )  # fmt: skip
                 return None
             member: ir.Condition = ir.Member(field, named, span)
+            if named.known is not None:
+                ipv4 = ir.Test(FIELDS["family"], _ONLY_IPV4, span)
+                member = ir.And((ipv4, member), span)
+                member = ir.Or((ir.Test(field, named.known, span), member), span)
             # `!=` is false where the field is missing, and `not` would be true there.
             here = ir.Test(field, field.type.everything, span)
             return ir.And((here, ir.Not(member, span)), span) if inverted else member
@@ -301,7 +306,7 @@ class Conditions:
         found = find_set(name, field.type, self.scope, self.findings)
         if found is None:
             return None
-        if isinstance(found, ir.NamedSet):
+        if isinstance(found, ir.NamedSet) or found.known is not None:
             self.findings.error(
                 "E038", f"the set `@{name.text}` has fixed values: it learns nothing", name.span,
                 notes=(("it is declared here", found.span),),

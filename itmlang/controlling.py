@@ -177,7 +177,7 @@ class _Check:
             self.findings.error(
                 "E010", f"there is no link `{name}`", span,
                 help=did_you_mean(name, self.around.links)
-                or f"declare it: `link {name} {{ interface \"eth0\"  rate 10 mbit  class bulk }}`",
+                or f"declare it: `link {name} {{ interface \"eth0\"  rate 10 mbit  class bulk {{ }} }}`",
             )  # fmt: skip
         return self._scheduled(self.around.links.get(name), span)
 

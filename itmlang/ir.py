@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itmlang.actions import Action
 from itmlang.control import Controller, Timer
 from itmlang.fields import Field
+from itmlang.overlays import Overlay, is_via
 from itmlang.source import Span
 from itmlang.values import Ranges, Type, ValueSet
 
@@ -31,7 +32,8 @@ class LearnedSet:
     """A set that policies fill and empty while they run.
 
     `timeout` is in milliseconds, for additions that give no time of their own; None
-    for ever. `size` bounds the elements (of one address family).
+    for ever. `size` bounds the elements (of one address family). `known` are IPv4 networks that
+    are in it always: it is an overlay's then, which the runtime fills with networks.
     """
 
     name: str
@@ -39,6 +41,7 @@ class LearnedSet:
     timeout: int | None
     size: int
     span: Span
+    known: ValueSet | None = None
 
 
 AnySet = NamedSet | LearnedSet
@@ -295,7 +298,9 @@ class Policy:
     """One policy as it is loaded, with its parameters' values put in.
 
     A hook is its name, with the device for `ingress` and `egress`: `ingress "eth0"`;
-    `at` is where they are written.
+    `at` is where they are written. `process` has the actions of each class, and of packets
+    that go by a neighbour (`itmlang.overlays.via`). `overlay` is the one whose own policy
+    this is, `routes` are those that it routes by.
     """
 
     name: str
@@ -316,6 +321,14 @@ class Policy:
     queueing: Queueing = Queueing()
     controllers: tuple[Controller, ...] = ()
     timers: tuple[Timer, ...] = ()
+    tunnels_in_python: bool = False
+    overlay: Overlay | None = None
+    routes: tuple[Overlay, ...] = ()
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """What packets that go by a neighbour are called in `process`."""
+        return tuple(filter(is_via, self.process))
 
     @property
     def classes(self) -> tuple[str, ...]:

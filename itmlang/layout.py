@@ -29,6 +29,8 @@ _ITEMS: Final = frozenset(
         "include", "set_declaration", "policy", "use", "test",
         "at", "priority", "interest", "flow", "classify", "log", "process", "update", "run", "fail",
         "queues", "call", "encapsulate", "into_link", "control", "controller", "timer",
+        "overlay", "overlay_self", "overlay_neighbor", "overlay_destination", "overlay_probe",
+        "overlay_choose", "overlay_key", "overlay_port", "overlay_sticky", "overlay_discover", "route",
         "link", "link_interface", "link_rate", "link_otherwise", "link_class",
         "class_setting", "class_least", "class_most",
         "interest_line", "class_rule", "count", "sample", "record", "class_block", "action",
@@ -36,7 +38,7 @@ _ITEMS: Final = frozenset(
     }
 )  # fmt: skip
 _LISTS: Final = frozenset({"list_of", "parameters", "arguments"})
-_NEVER_ON_ONE_LINE: Final = frozenset({"policy", "test", "link"})
+_NEVER_ON_ONE_LINE: Final = frozenset({"policy", "test", "link", "overlay"})
 # Before these, and behind a comma, the author may break an item.
 _BREAKABLE: Final = frozenset(
     {"_AND", "_OR", "_WHEN", "_FOR", "_EXPECT", "_TOWARD", "_WITH", "_WITHIN", "TIMEOUT", "MAX"}

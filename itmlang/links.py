@@ -14,11 +14,11 @@ from itmlang.source import Span
 
 # linux/pkt_sched.h: TC_HTB_NUMPRIO.
 PRIORITIES: Final = 8
-# A class's number is a `classid`'s lower half, written as these decimal digits: 10, 20, …
 MOST_CLASSES: Final = 99
 PROBES: Final = 2  # the number of the class that has a controller's probes
-# The handle of a link's root qdisc: four decimal digits, never `1:`, which others take.
-_FIRST_HANDLE, _HANDLES = 1000, 9000
+# The handle of a link's root qdisc, and the lower half of a class's `classid`, are four decimal
+# digits: never `1:`, which others take.
+_FIRST_NUMBER, _NUMBERS = 1000, 9000
 
 
 @dataclass(frozen=True)
@@ -105,15 +105,20 @@ def overlap(one: Link, other: Link) -> bool:
 
 def handle(name: str, taken: frozenset[int] = frozenset()) -> int:
     """The handle of a link's root qdisc: it follows from its name, so that it stays."""
-    number = crc32(name.encode()) % _HANDLES
-    while (found := int(str(_FIRST_HANDLE + number), 16)) in taken:
-        number = (number + 1) % _HANDLES
+    return _number(name, taken)
+
+
+def class_number(name: str, taken: frozenset[int] = frozenset()) -> int:
+    """The number of a link's class: it follows from its name, so that what waits in a class and
+    what it counted stay its own, whichever classes come and go beside it."""
+    return _number(name, taken)
+
+
+def _number(name: str, taken: frozenset[int]) -> int:
+    number = crc32(name.encode()) % _NUMBERS
+    while (found := int(str(_FIRST_NUMBER + number), 16)) in taken:
+        number = (number + 1) % _NUMBERS
     return found
-
-
-def class_number(index: int) -> int:
-    """The number of a link's `index`th class, from 0."""
-    return int(str(10 * (index + 1)), 16)
 
 
 def rate_text(rate: float, digits: int = 6) -> str:

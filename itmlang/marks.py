@@ -22,6 +22,8 @@ CHANGED: Final = 0x0100_0000
 # The runtime's sign of life carries a policy's first queue in the bits below. It is of no
 # tunnel and of no class: where no rule waits for it, it is a packet like others.
 BEAT: Final = 0xF000_0000
+# The runtime's probes of paths: of no tunnel, so no overlay routes them, and no sign of life.
+PROBE: Final = 0xF0FF_FFFF
 ALL: Final = 0xFFFF_FFFF
 
 

@@ -52,7 +52,7 @@ _TERMINALS: Final = {
 # Words of the language that later versions will know.
 _LATER: Final = frozenset(
     {
-        "overlay", "tunnel", "route", "proxy",
+        "tunnel", "proxy",
     }
 )  # fmt: skip
 # What other languages write there.
@@ -62,14 +62,15 @@ _BEFORE: Final = re.compile(r"[a-z]+(?=\s*\Z)")
 _FORMS: Final = (
     (re.compile(r"\bcall\s+[\w.]*\s*\Z"), 'write `call "module:function"`'),
     (re.compile(r"\bencapsulate\s+\Z"), "write `encapsulate to ADDRESS`"),
+    (re.compile(r"\broute\s+\Z"), "write `route by OVERLAY`"),
 )
 _MARKS: Final = re.compile(
-    r'#[^\n]*|"[^"\n]*"|[{}()]|^[ \t]*(?:include|set|policy|use|link|test)\b'
+    r'#[^\n]*|"[^"\n]*"|[{}()]|^[ \t]*(?:include|set|policy|use|link|overlay|test)\b'
     r"|(?:\bnot\b(?:[\s;]|#[^\n]*\n)*){64}",
     re.MULTILINE,
 )
 # Inside of something unclosed, these begin the next item; `set` and others are statements, too.
-_HEADS: Final = re.compile(r"(?:policy|use|link|test)\b(?:[^\n{}()]|\([^\n()]*\))*\{")
+_HEADS: Final = re.compile(r"(?:policy|use|link|overlay|test)\b(?:[^\n{}()]|\([^\n()]*\))*\{")
 _SECTIONS: Final = frozenset({"_INTEREST", "_CLASSIFY", "_LOG", "_PROCESS", "_UPDATE", "_CONTROL"})
 _TEST_LINES: Final = frozenset({"_SEND", "_PATH", "_WAIT"})
 # What other languages say, and this one does not.
@@ -475,6 +476,9 @@ class _Nodes:
     def into_link(self, span: Span, children: list[Any]) -> syntax.IntoLink:
         return syntax.IntoLink(span, children[0])
 
+    def route(self, span: Span, children: list[Any]) -> syntax.Route:
+        return syntax.Route(span, children[0])
+
     def otherwise(self, span: Span, children: list[Any]) -> tuple[Any, ...]:
         return tuple(children)
 
@@ -619,6 +623,37 @@ class _Nodes:
 
     def link(self, span: Span, children: list[Any]) -> syntax.Link:
         return syntax.Link(span, children[0], tuple(children[1:]))
+
+    def overlay_self(self, span: Span, children: list[Any]) -> syntax.OverlaySelf:
+        return syntax.OverlaySelf(span, *children)
+
+    def overlay_neighbor(self, span: Span, children: list[Any]) -> syntax.OverlayNeighbor:
+        return syntax.OverlayNeighbor(span, *children)
+
+    def overlay_destination(self, span: Span, children: list[Any]) -> syntax.OverlayDestination:
+        return syntax.OverlayDestination(span, *children)
+
+    def overlay_probe(self, span: Span, children: list[Any]) -> syntax.OverlayProbe:
+        every, _, timeout, lost, of = children
+        return syntax.OverlayProbe(span, every, timeout, lost, of)
+
+    def overlay_choose(self, span: Span, children: list[Any]) -> syntax.OverlayChoose:
+        return syntax.OverlayChoose(span, *children)
+
+    def overlay_key(self, span: Span, children: list[Any]) -> syntax.OverlayKey:
+        return syntax.OverlayKey(span, self._text(children[0]))
+
+    def overlay_port(self, span: Span, children: list[Any]) -> syntax.OverlayPort:
+        return syntax.OverlayPort(span, *children)
+
+    def overlay_sticky(self, span: Span, children: list[Any]) -> syntax.OverlaySticky:
+        return syntax.OverlaySticky(span)
+
+    def overlay_discover(self, span: Span, children: list[Any]) -> syntax.OverlayDiscover:
+        return syntax.OverlayDiscover(span, children[-1])
+
+    def overlay(self, span: Span, children: list[Any]) -> syntax.Overlay:
+        return syntax.Overlay(span, children[0], tuple(children[1:]))
 
     # Packets and tests.
 

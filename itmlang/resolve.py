@@ -59,6 +59,7 @@ class Program:
     templates: tuple[syntax.Policy, ...]  # of the file itself, of which there is no instance
     tests: tuple[syntax.Test, ...]  # of the file itself
     links: tuple[syntax.Link, ...] = ()
+    overlays: tuple[syntax.Overlay, ...] = ()
 
 
 def resolve(
@@ -94,11 +95,18 @@ def resolve(
         check_name(link.name, findings)
         if link.name.text in policies:
             _twice("things", link.name, policies[link.name.text].name.span, findings)
+    overlays = tuple(i for m in modules for i in m.file.items if isinstance(i, syntax.Overlay))
+    for overlay in overlays:
+        name, others = overlay.name, (policies, sets, {link.name.text: link for link in links})
+        for other in (known[name.text] for known in others if name.text in known):
+            _twice(
+                "things", name, other.span, findings, help="an overlay is a set and a policy, too"
+            )
     instances = _instances(modules, policies, findings)
     instances = tuple(
         with_values(one, (given or {}).get(one.name.text, {}), findings) for one in instances
     )
-    if not links:
+    if not links and not overlays:
         _check_there_is_something(main, instances, policies, findings)
     used = {instance.policy.name.text for instance in instances}
     templates = tuple(
@@ -106,7 +114,7 @@ def resolve(
         for item in main.items
         if isinstance(item, syntax.Policy) and item.name.text not in used
     )
-    return Program(sets, policies, instances, templates, tests, links)
+    return Program(sets, policies, instances, templates, tests, links, overlays)
 
 
 def _twice(what: str, name: syntax.Name, first: Span, findings: Findings, help: str = "") -> None:

@@ -75,6 +75,7 @@ class _Check:
     def __init__(self, node: syntax.Link, scope: Scope, findings: Findings) -> None:
         self.node, self.scope, self.findings = node, scope, findings
         self.failed = False
+        self.numbers: set[int] = set()
 
     def link(self, handle: int) -> Link | None:
         node = self.node
@@ -92,7 +93,7 @@ class _Check:
             self._error("E023", f"a link has {MOST_CLASSES} classes at most", nodes[-1].span)
         device = self._interface(interface) if interface is not None else ""
         rate = self._rate(rate_line.value) if rate_line is not None else 0
-        classes = tuple(self._class(one, n, rate) for n, one in enumerate(nodes))
+        classes = tuple(self._class(one, rate) for one in nodes)
         self._named_once(nodes)
         self._guarantees(rate, classes)
         self._marked_once(classes)
@@ -178,7 +179,7 @@ class _Check:
             self._error("E023", "a link has 12 kbit at least: one full packet a second", node.span)
         return rate
 
-    def _class(self, node: syntax.LinkClass, index: int, rate: int) -> LinkClass:
+    def _class(self, node: syntax.LinkClass, rate: int) -> LinkClass:
         check_name(node.name, self.findings)
         given: dict[str, syntax.ClassSetting] = {}
         for setting in node.settings:
@@ -204,9 +205,11 @@ class _Check:
                 "E065", f"`{node.name.text}` has {given['at least'].value.span.text} at least, "
                 f"and {given['at most'].value.span.text} at most", given["at most"].span,
             )  # fmt: skip
+        number = class_number(node.name.text, frozenset(self.numbers))
+        self.numbers.add(number)
         return LinkClass(
             name=node.name.text,
-            number=class_number(min(index, MOST_CLASSES - 1)),
+            number=number,
             priority=self._whole(given.get("priority"), values.PRIORITY, 0, PRIORITIES - 1, 0),
             least=least,
             most=most,

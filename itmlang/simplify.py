@@ -113,6 +113,10 @@ class Simplified:
     def variants(self) -> tuple[Variant, ...]:
         return (self.whole,) if self.fragments is None else (self.whole, self.fragments)
 
+    @property
+    def rules(self) -> tuple[ir.ClassRule, ...]:
+        return tuple(rule for variant in self.variants for rule in variant.rules)
+
     def tests(self) -> Iterator[ir.Test]:
         """All tests of fields."""
         for variant in self.variants:
@@ -196,7 +200,7 @@ def keyed_by_transport(flow: ir.Flow) -> bool:
 
 def _variant(policy: ir.Policy, outside: Facts, findings: Findings) -> Variant:
     interest = _Simplifier(policy, outside).condition(policy.interest)
-    facts = _facts(interest, outside)
+    facts = narrowed(interest, outside)
     if not facts.families or is_false(interest):
         findings.warning(
             "W005",
@@ -278,7 +282,7 @@ def disjuncts(condition: ir.Condition) -> tuple[ir.Condition, ...]:
     return condition.terms if isinstance(condition, ir.Or) else (condition,)
 
 
-def _facts(interest: ir.Condition, facts: Facts) -> Facts:
+def narrowed(interest: ir.Condition, facts: Facts) -> Facts:
     """What the interest tells of the packets that pass it."""
     families = set(facts.families)
     protocols, known = facts.protocols, facts.protocol_known
@@ -303,6 +307,13 @@ def _facts(interest: ir.Condition, facts: Facts) -> Facts:
         protocols=protocols,
         protocol_known=known,
         interested=True,
+    )
+
+
+def is_positive(condition: ir.Condition) -> bool:
+    """Is the condition nothing but tests that must hold?"""
+    return not is_false(condition) and all(
+        isinstance(term, ir.Test | ir.Member | ir.Bits | ir.Over) for term in conjuncts(condition)
     )
 
 
@@ -332,8 +343,8 @@ def _rules(
                 help="its condition contradicts itself, the interest, or what is counted",
             )  # fmt: skip
             continue
-        shape = _shape(condition)
-        earlier = seen.get(shape) or next(
+        form = shape(condition)
+        earlier = seen.get(form) or next(
             (k for k in compared if k.condition and _implies(condition, k.condition)), None
         )
         if earlier is not None:
@@ -348,11 +359,11 @@ def _rules(
             break
         else:
             kept.append(replace(rule, condition=condition))
-            seen[shape] = kept[-1]
+            seen[form] = kept[-1]
     return tuple(kept)
 
 
-def _shape(condition: ir.Condition) -> object:
+def shape(condition: ir.Condition) -> object:
     """A condition without its places: equal for equal meaning written alike."""
     match condition:
         case ir.Test():
@@ -366,9 +377,9 @@ def _shape(condition: ir.Condition) -> object:
         case ir.Over():
             return ("over", condition.flow.name, condition.attribute, condition.threshold)
         case ir.Not():
-            return ("not", _shape(condition.term))
+            return ("not", shape(condition.term))
         case ir.And() | ir.Or():
-            return (type(condition).__name__, frozenset(map(_shape, condition.terms)))
+            return (type(condition).__name__, frozenset(map(shape, condition.terms)))
 
 
 def _implies(a: ir.Condition, b: ir.Condition) -> bool:
@@ -392,7 +403,7 @@ def _implies(a: ir.Condition, b: ir.Condition) -> bool:
             same = (a.flow.name, a.attribute) == (b.flow.name, b.attribute)
             return same and a.threshold >= b.threshold
         case _:
-            return _shape(a) == _shape(b)
+            return shape(a) == shape(b)
 
 
 class _Simplifier:
@@ -582,7 +593,7 @@ def _merge(
     for term in terms:
         match term:
             case ir.Test() if term.named is not None or term.field is FIELDS["random"]:
-                key: object = _shape(term)  # a named set keeps its name, a draw is drawn
+                key: object = shape(term)  # a named set keeps its name, a draw is drawn
             case ir.Test():
                 key = ("test", term.field.name)
                 old = merged.get(key)
@@ -606,7 +617,7 @@ def _merge(
                     threshold = weaker(old.term.threshold, over.threshold)
                     term = ir.Not(replace(over, threshold=threshold), old.span)
             case _:
-                key = _shape(term)
+                key = shape(term)
         merged[key] = term
     for key, sets in united.items():
         test = merged[key]
@@ -617,5 +628,5 @@ def _merge(
 
 def _contradicts(terms: Sequence[ir.Condition]) -> bool:
     """Is there a term beside its own negation?"""
-    negated = {_shape(t.term) for t in terms if isinstance(t, ir.Not)}
-    return bool(negated) and any(_shape(t) in negated for t in terms)
+    negated = {shape(t.term) for t in terms if isinstance(t, ir.Not)}
+    return bool(negated) and any(shape(t) in negated for t in terms)

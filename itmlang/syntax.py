@@ -269,7 +269,15 @@ class IntoLink:
     target: FieldName
 
 
-ActionNode = Action | Call | Encapsulate | IntoLink | Limit
+@dataclass(frozen=True)
+class Route:
+    """`route by OVERLAY`."""
+
+    span: Span
+    overlay: Name
+
+
+ActionNode = Action | Call | Encapsulate | IntoLink | Route | Limit
 
 
 @dataclass(frozen=True)
@@ -517,6 +525,93 @@ class Link:
     lines: tuple[LinkInterface | LinkRate | LinkOtherwise | LinkClass, ...]
 
 
+@dataclass(frozen=True)
+class OverlaySelf:
+    """`self ADDRESS`: this traffic manager's own."""
+
+    span: Span
+    value: Value
+
+
+@dataclass(frozen=True)
+class OverlayNeighbor:
+    span: Span
+    name: Name
+    value: Value
+
+
+@dataclass(frozen=True)
+class OverlayDestination:
+    """`destination PREFIX at EGRESS`."""
+
+    span: Span
+    prefixes: Value
+    egress: Value
+
+
+@dataclass(frozen=True)
+class OverlayProbe:
+    """`probe every T timeout T lost after K of N`."""
+
+    span: Span
+    every: Value
+    timeout: Value | None
+    lost: Value | None
+    of: Value | None
+
+
+@dataclass(frozen=True)
+class OverlayChoose:
+    """`choose by MEASURE margin P hold T`."""
+
+    span: Span
+    measure: Name
+    margin: Value | None
+    hold: Value | None
+
+
+@dataclass(frozen=True)
+class OverlayKey:
+    """`key from "FILE"`."""
+
+    span: Span
+    path: Text
+
+
+@dataclass(frozen=True)
+class OverlayPort:
+    span: Span
+    value: Value
+
+
+@dataclass(frozen=True)
+class OverlaySticky:
+    span: Span
+
+
+@dataclass(frozen=True)
+class OverlayDiscover:
+    """`discover max N`."""
+
+    span: Span
+    most: Value | None
+
+
+OverlayLine = (
+    OverlaySelf | OverlayNeighbor | OverlayDestination | OverlayProbe | OverlayChoose | OverlayKey
+    | OverlayPort | OverlaySticky | OverlayDiscover | Run
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """`overlay NAME { … }`: traffic managers that send packets by one another."""
+
+    span: Span
+    name: Name
+    lines: tuple[OverlayLine, ...]
+
+
 # Packets, for `itmc explain` and tests.
 
 
@@ -595,7 +690,7 @@ class Test:
     lines: tuple[TestPolicy | Path | Wait | Send, ...]
 
 
-Item = Include | SetDeclaration | Policy | Use | Link | Test
+Item = Include | SetDeclaration | Policy | Use | Link | Overlay | Test
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,8 @@ class _Reader:
         use = instance.use if instance is not None else None
         made = Instance(node.name, template, given, use)
         quiet = Findings()  # what there is to warn of was said of the policy itself
-        checked = check_instance(made, self.program.sets, quiet, self.links)
+        overlays = {p.overlay.name: p.overlay for p in self.loaded if p.overlay is not None}
+        checked = check_instance(made, self.program.sets, quiet, self.links, overlays)
         for diagnostic in quiet.diagnostics:
             if diagnostic.is_error:
                 self.findings.add(diagnostic)

@@ -35,7 +35,7 @@ def outward(policy: ir.Policy, name: str) -> Encapsulate | None:
     """The tunnel into which the kernel can put a class's packets; None if Python must."""
     steps = policy.process.get(name, ())
     begin = ir.python_part(steps)
-    if policy.in_python or begin == len(steps):
+    if policy.in_python or policy.tunnels_in_python or begin == len(steps):
         return None
     step, *rest = steps[begin:]
     last = all(isinstance(s, ir.Step) and isinstance(s.action, Accept) for s in rest)
@@ -47,6 +47,8 @@ def outward(policy: ir.Policy, name: str) -> Encapsulate | None:
 def inward(policy: ir.Policy, name: str) -> Inward | str:
     """What the kernel can take out of its tunnel for a class, or why Python must."""
     steps = policy.process.get(name, ())
+    if policy.tunnels_in_python:
+        return "the overlay says `run python`"
     if policy.in_python or policy.hooks != ("prerouting",):
         return "it stands elsewhere, too"
     if not _alone(steps):
@@ -75,13 +77,13 @@ def inward(policy: ir.Policy, name: str) -> Inward | str:
         return "it is not of the protocol ipip alone"
     if sum(hi - lo + 1 for lo, hi in destinations.spans) > MOST_DESTINATIONS:
         return f"its destinations are more than {MOST_DESTINATIONS} addresses"
-    prefixes = _prefixes(sources)
-    if len(prefixes) > MOST_SOURCES:
+    networks = prefixes(sources)
+    if len(networks) > MOST_SOURCES:
         return f"its sources are more than {MOST_SOURCES} networks"
     if devices is not None and any("*" in one for one in devices):
         return "its interfaces are a pattern"
     ours = tuple(n for lo, hi in destinations.spans for n in range(lo, hi + 1))
-    return Inward(prefixes, ours, tuple(sorted(devices or ())))
+    return Inward(networks, ours, tuple(sorted(devices or ())))
 
 
 def why_not(policy: ir.Policy, name: str) -> str:
@@ -120,7 +122,7 @@ def _every(limit: int) -> Ranges:
     return Ranges(limit, ((0, limit),))
 
 
-def _prefixes(found: Ranges) -> tuple[tuple[int, int], ...]:
+def prefixes(found: Ranges) -> tuple[tuple[int, int], ...]:
     """Networks that hold just these addresses; none if they are all there are."""
     if found.full:
         return ()

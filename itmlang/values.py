@@ -315,7 +315,9 @@ def complement(values: ValueSet) -> ValueSet:
 
 
 def address_text(family: int, value: int) -> str:
-    return str(IPv4Address(value) if family == IPV4 else IPv6Address(value))
+    if family == IPV4:  # many times as quick as the library
+        return f"{value >> 24}.{value >> 16 & 255}.{value >> 8 & 255}.{value & 255}"
+    return str(IPv6Address(value))
 
 
 def prefix_text(family: int, lo: int, hi: int) -> str:

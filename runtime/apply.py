@@ -87,7 +87,8 @@ def _of_unit(unit: Unit, state: State) -> Plan:
     scope = {table.path for one in units for table in one.ruleset.tables}
     gone = set(old.names) - set(unit.names) if old else set[str]()
     wanted = state.without(gone).with_unit(unit, time.time())
-    return plan(wanted, state, kernel(state, wanted), scope)
+    crooked = steering.crooked(state, unit.link_names)
+    return plan(wanted, state, kernel(state, wanted), scope, crooked=crooked)
 
 
 def apply(
@@ -123,21 +124,28 @@ def apply(
                 "`itmc plan` shows it",
             )
         steering.refuse(store.state, change.state, force=force)
+        if any(table.overlays for table in unit.ruleset.tables):
+            from runtime.overlay import keys  # only for who has some
+
+            keys.refuse(store.state, change.state)
         if check:
             _load(_script(change, {}, _dump), check=True)
             return _applied(change, unit)
         said: list[str] = []
+        forced = unit.link_names if force else ()
         old = store.state.unit(unit.file)
         if change.empty and old is not None and old.made_of == unit.made_of:
             # Handlers may have changed.
             serving.prepare(store.folder, store.state.generation, store.state, {unit.file})
+            if forced:
+                steering.prepare(store.folder, store.state, store.state, forced)
             said += steering.settle(store.folder, store.state)
             if boot:
                 _keep_for_boot(store, said.append)
             return _applied(change, unit, 0, said)
         number = carry_out(
             store, change, why or f"apply {unit.shown}",
-            confirm=confirm, boot=boot, tell=said.append,
+            confirm=confirm, boot=boot, forced=forced, tell=said.append,
         )  # fmt: skip
         return _applied(change, unit, number, said)
 
@@ -260,6 +268,11 @@ def set_parameter(policy: str, parameter: str, value: str) -> Applied:
     with _changing() as store:
         _refuse_unconfirmed(store)
         state = store.state
+        if any(link.name == policy for link in state.links):
+            raise UsageError(
+                f"`{policy}` is a link, which has no parameters",
+                "change it in its file, and apply that",
+            )
         _refuse_unknown([policy], state.names)
         old = state.unit_of(policy)
         known = next(p for p in old.policies if p.name == policy).parameters
@@ -269,16 +282,20 @@ def set_parameter(policy: str, parameter: str, value: str) -> Applied:
                 did_you_mean(parameter, known) or f"it has {', '.join(known) or 'none'}",
             )
         given = {**old.given, policy: {**old.given.get(policy, {}), parameter: value}}
+        from itmlang.dispatch import OPTIMISATIONS
         from itmlang.pipeline import compile  # 0.1 s that no other change needs
 
         try:
-            compiled = compile(old.source, replay(old), given=given)
+            passes = OPTIMISATIONS if old.optimised else ()
+            compiled = compile(old.source, replay(old), given=given, optimisations=passes)
             if any(table.tunnels for table in compiled.ruleset.tables):
                 from runtime.capabilities import without_tunnels
 
                 machine = without_tunnels(compiled.ruleset)
                 if machine is not None:
-                    compiled = compile(old.source, replay(old), machine, given)
+                    compiled = compile(
+                        old.source, replay(old), machine, given, optimisations=passes
+                    )
         except CompileError as error:
             first = error.diagnostics[0]
             raise UsageError(
@@ -475,10 +492,12 @@ def carry_out(
     kept: Left | None = None,
     boot: bool = True,
     serve: bool = True,
+    forced: Sequence[str] = (),
     tell: Tell | None = None,
 ) -> int:
     """Carry a plan out under the lock, as a new generation or going back to one; `sure` if
-    also where that cannot be written down.
+    also where that cannot be written down. Links named in `forced` take the place of what
+    somebody else has set.
 
     Returns the generation's number; without `boot` it is not there again after a reboot,
     without `serve` the runtime, and tunnels with it, are left to a service of its own.
@@ -516,7 +535,7 @@ def carry_out(
                 serve = False
         try:
             if not late:
-                steering.prepare(store.folder, store.state, state)
+                steering.prepare(store.folder, store.state, state, forced)
         except MachineError as error:
             if not sure:
                 raise

@@ -73,7 +73,7 @@ class _Process:
     def __init__(self, job: ControlJob, loops: list["Loop"], link: socket.socket) -> None:
         self._loops, self._link = loops, link
         self._stopping = self._going = False
-        self._calling = self._seen = self._late = 0
+        self._turns = self._calling = self._seen = self._late = 0
         self._log = logging.getLogger(f"itm.control.{job.policy}")
         self._log.propagate = False
         self._log.setLevel(logging.INFO)
@@ -129,7 +129,8 @@ class _Process:
         again = loop.meter.tick(now)
         if now < loop.due:
             return min(again, loop.due)
-        self._calling += 1
+        self._turns += 1
+        self._calling = self._turns
         try:
             line = loop.turn(now)
         except HungError:

@@ -19,6 +19,11 @@ def log_file(folder: Path, policy: str) -> Path:
     return folder / f"control-{policy}.jsonl"
 
 
+def choice_file(folder: Path, overlay: str) -> Path:
+    """Where an overlay's choice of paths is kept for its next process."""
+    return folder / f"overlay-{overlay}.json"
+
+
 def lines(folder: Path, policy: str) -> list[str]:
     """The log of a policy's controllers as it is, the oldest line first."""
     found: list[str] = []
@@ -64,9 +69,9 @@ def parsed(line: str) -> list[Mapping[str, Any]]:
 
 
 def forget(folder: Path, but: Collection[str]) -> None:
-    """Remove the logs of all policies but these."""
-    for path in folder.glob("control-*.jsonl*"):
-        if path.name.removeprefix("control-").partition(".")[0] not in but:
+    """Remove what is kept of decisions, but of these policies."""
+    for path in (*folder.glob("control-*.jsonl*"), *folder.glob("overlay-*.json")):
+        if path.name.partition("-")[2].partition(".")[0] not in but:
             with suppress(OSError):
                 path.unlink()
 

@@ -1,4 +1,5 @@
-"""What the runtime's processes do, each a job: a queue, a policy's controllers, its timers.
+"""What the runtime's processes do, each a job: a queue, a policy's controllers, its timers, an
+overlay.
 
 Pure. A job has a name; `part` is another number for other work, so that what goes on
 unchanged is left alone; `calls` are functions of the user's, with their places in the policy, that
@@ -11,6 +12,7 @@ from zlib import crc32
 from itmlang.control import Controller, Timer
 from itmlang.links import Link
 from itmlang.nft.model import Queue, Table
+from itmlang.overlays import Overlay
 from itmlang.source import Span
 from runtime.units import Unit
 
@@ -69,13 +71,9 @@ class ControlJob:
 
     @property
     def part(self) -> int:
-        """Another one for other controllers, or for another rate of a link."""
-        plain = [
-            sorted((name, repr(value)) for name, value in vars(one).items() if name != "span")
-            for one in self.controllers
-        ]
-        rates = [(name, link.rate, link.handle) for name, link in sorted(self.links.items())]
-        return crc32(f"{plain} {rates} {dict(self.unit.given)}".encode())
+        """Another one for other controllers, and for anything else that the rules follow from:
+        flows that are known follow a parameter by them."""
+        return crc32(repr(self.unit.made_of).encode())
 
     @property
     def calls(self) -> tuple[tuple[str, Span], ...]:
@@ -106,4 +104,69 @@ class TimerJob:
         return tuple((timer.target, timer.span) for timer in self.timers)
 
 
-Job = QueueJob | ControlJob | TimerJob
+@dataclass(frozen=True)
+class Site:
+    """A map or set that an overlay's process writes: its table, its name and role (of
+    `FlowSet`), what stands before the names of its policy's chains, and, of "stay", where the
+    neighbour's number stands in a connection's mark."""
+
+    table: str
+    name: str
+    role: str
+    prefix: str
+    shift: int
+
+
+@dataclass(frozen=True)
+class OverlayJob:
+    """An overlay: its probes, and the choice of ways. `policy` is the overlay's own."""
+
+    unit: Unit
+    policy: str
+    overlay: Overlay
+
+    @property
+    def name(self) -> str:
+        return f"{self.policy} overlay"
+
+    @property
+    def part(self) -> int:
+        """Another one for other members, destinations or settings, or other rules to lead to."""
+        one = self.overlay
+        plain = [
+            repr(value) for name, value in sorted(vars(one).items())
+            if name not in ("neighbors", "destinations", "key_at", "span")
+        ]  # fmt: skip
+        plain += [f"{n.name} {n.address}" for n in one.neighbors]
+        plain += [f"{d.prefixes} {d.egress}" for d in one.destinations]
+        return crc32(f"{plain} {self.sites}".encode())
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The maps that lead to the rules of neighbours, the sets of what is discovered."""
+        one = self.overlay
+        names = {"route": one.chosen, "stay": one.staying, "networks": f"learned_{one.name}_ip"}
+        return tuple(
+            Site(table.path, found.name, found.role, before, found.threshold)
+            for table in self.unit.ruleset.tables
+            for found in table.sets
+            if found.role in names
+            for before in (table.prefix(found.policy) if found.policy else "",)
+            if found.name == before + names[found.role]
+        )
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The tables that count the overlay's packets."""
+        return tuple(
+            table.path
+            for table in self.unit.ruleset.tables
+            if any(one.kind in ("sent", "back") for one in table.counters)
+        )
+
+    @property
+    def calls(self) -> tuple[tuple[str, Span], ...]:
+        return ()
+
+
+Job = QueueJob | ControlJob | TimerJob | OverlayJob

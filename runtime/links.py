@@ -84,11 +84,20 @@ class Ingress(TypedDict):
     clsact: bool
 
 
+class Aside(TypedDict):
+    """Of an interface: its index, and a tree of somebody else's that has made room for a link."""
+
+    index: int
+    tree: list[str]
+
+
 class Before(TypedDict):
-    """What was there before, by interface."""
+    """What was there before, by interface. Who had leave to put a tree `aside` has it for as long
+    as that is the same: to switch a link off and on asks nobody again."""
 
     egress: dict[str, Egress]
     ingress: dict[str, Ingress]
+    aside: dict[str, Aside]
 
 
 @dataclass(frozen=True)
@@ -153,19 +162,24 @@ def at_rate(link: Link, rate: int) -> Link:
     return replace(link, rate=rate, classes=classes)
 
 
-def foreign(links: Iterable[Link], earlier: Before | None = None) -> dict[str, str]:
+def foreign(
+    links: Iterable[Link], earlier: Before | None = None, *, again: bool = False
+) -> dict[str, str]:
     """By interface, the kinds of root qdiscs that somebody else set. Raises MachineError.
 
-    `earlier` is what was stored when links were put before: it says which are ours.
+    `earlier` is what was stored when links were put before: it says which are ours. With
+    `again`, what has made room before, and is the same, may do so again: it is left out.
     """
     with _asking():
         roots = _roots(qdisc.qdiscs())
-    return {
-        place.interface: root.kind
-        for place in _places(links)
-        if not place.link.ingress and (root := roots.get(place.index)) and root.handle
-        and not _is_ours(root, [place.link.handle, *_handles(earlier, place.interface)])
-    }  # fmt: skip
+        aside = earlier["aside"] if again and earlier else {}
+        return {
+            place.interface: root.kind
+            for place in _places(links)
+            if not place.link.ingress and (root := roots.get(place.index)) and root.handle
+            and not _is_ours(root, [place.link.handle, *_handles(earlier, place.interface)])
+            and aside.get(place.interface) != _aside(place.index)
+        }  # fmt: skip
 
 
 def before(
@@ -193,7 +207,8 @@ def before(
                 entry["handles"].append(place.link.handle)
             root = roots.get(index)
             if root and root.handle and not _is_ours(root, entry["handles"]):
-                entry["tree"] = trees.recorded(index)
+                found["aside"][name] = _aside(index)
+                entry["tree"] = found["aside"][name]["tree"]
     return found
 
 
@@ -232,7 +247,7 @@ def take_away(stored: Before | None) -> tuple[str, ...]:
     What did not come back is told. A root that somebody else has set since is left as it is.
     Raises MachineError.
     """
-    return put((), stored or {"egress": {}, "ingress": {}}).told
+    return put((), stored or _untouched()).told
 
 
 def wrong(links: Iterable[Link]) -> dict[str, list[str]]:
@@ -635,21 +650,34 @@ def _handles(stored: Before | None, interface: str) -> list[int]:
 
 
 def _copy(stored: Before | None, here: Mapping[str, int]) -> Before:
-    """What is stored of interfaces that are still the same."""
-    if stored is None:
-        return {"egress": {}, "ingress": {}}
+    """What is stored of interfaces that are still the same, by the names that they have now."""
+    stored = stored or _untouched()
+    names = {index: name for name, index in here.items()}
     return {
         "egress": {
-            name: {"index": one["index"], "handles": [*one["handles"]], "tree": [*one["tree"]]}
-            for name, one in stored["egress"].items()
-            if here.get(name) == one["index"]
+            names[one["index"]]: {
+                "index": one["index"], "handles": [*one["handles"]], "tree": [*one["tree"]],
+            }
+            for one in stored["egress"].values()
+            if one["index"] in names
         },
         "ingress": {
-            name: {"index": one["index"], "clsact": one["clsact"]}
-            for name, one in stored["ingress"].items()
-            if here.get(name) == one["index"]
+            names[one["index"]]: {"index": one["index"], "clsact": one["clsact"]}
+            for one in stored["ingress"].values()
+            if one["index"] in names
         },
-    }
+        "aside": {
+            names[one["index"]]: one for one in stored["aside"].values() if one["index"] in names
+        },
+    }  # fmt: skip
+
+
+def _untouched() -> Before:
+    return {"egress": {}, "ingress": {}, "aside": {}}
+
+
+def _aside(index: int) -> Aside:
+    return {"index": index, "tree": trees.recorded(index)}
 
 
 def _asking() -> AbstractContextManager[None]:

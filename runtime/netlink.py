@@ -20,8 +20,9 @@ _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _SOL_NETLINK, _NETLINK_CAP_ACK, _NETLINK_EXT_ACK = 270, 10, 11
 _NLMSGERR_ATTR_MSG: Final = 1
 _NFNL_SUBSYS_NFTABLES: Final = 10
-_NFT_MSG_GETTABLE, _NFT_MSG_GETOBJ = 1, 19
+_NFT_MSG_GETTABLE, _NFT_MSG_GETSETELEM, _NFT_MSG_GETOBJ = 1, 13, 19
 _NFTA_TABLE_NAME: Final = 1
+_NFTA_SET_ELEM_LIST_TABLE, _NFTA_SET_ELEM_LIST_SET, _NFTA_SET_ELEM_LIST_ELEMENTS = 1, 2, 3
 _NFTA_OBJ_TABLE, _NFTA_OBJ_NAME, _NFTA_OBJ_TYPE, _NFTA_OBJ_DATA = 1, 2, 3, 4
 _NFT_OBJECT_COUNTER: Final = 1
 _NFTA_COUNTER_BYTES, _NFTA_COUNTER_PACKETS = 1, 2
@@ -50,8 +51,7 @@ def counters(path: str) -> Iterator[tuple[str, int, int]]:
 
     None if there is no such table. Raises `OSError`.
     """
-    family, _, table = path.partition(" ")
-    number = next(number for number, name in _FAMILIES.items() if name == family)
+    number, table = _place(path)
     asked = attribute(_NFTA_OBJ_TABLE, table.encode() + b"\0") + attribute(
         _NFTA_OBJ_TYPE, struct.pack("!I", _NFT_OBJECT_COUNTER)
     )
@@ -63,6 +63,28 @@ def counters(path: str) -> Iterator[tuple[str, int, int]]:
                 int.from_bytes(data[_NFTA_COUNTER_PACKETS], "big"),
                 int.from_bytes(data[_NFTA_COUNTER_BYTES], "big"),
             )
+
+
+def elements(path: str, name: str) -> list[bytes]:
+    """The elements of a set or map of a table, sorted, each as the kernel tells it.
+
+    Raises `OSError`, also where there is none of this name.
+    """
+    number, table = _place(path)
+    asked = attribute(_NFTA_SET_ELEM_LIST_TABLE, table.encode() + b"\0") + attribute(
+        _NFTA_SET_ELEM_LIST_SET, name.encode() + b"\0"
+    )
+    return sorted(
+        element
+        for _, found in _dump(_NFT_MSG_GETSETELEM, number, asked)
+        for _, element in attributes(found.get(_NFTA_SET_ELEM_LIST_ELEMENTS, b""))
+    )
+
+
+def _place(path: str) -> tuple[int, str]:
+    """The number of a table's family, and its name."""
+    family, _, table = path.partition(" ")
+    return next(number for number, name in _FAMILIES.items() if name == family), table
 
 
 def clear_marks(bits: int) -> int:

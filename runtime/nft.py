@@ -90,15 +90,9 @@ def table(path: str) -> Running:
     own = {"family": family, "table": name}
     sets = [item for item in sets if own.items() <= item.get("set", {}).items()]
     running = read_table(text, sets)
-    fixed = [
-        name
-        for name, found in running.sets.items()
-        if found.kind == "set" and "interval" in found.flags
-    ]
-    # One by one: of several commands, libnftables 1.0.6 finds only the last one's set.
-    values = {
-        name: digest(_list(f"list set {path} {name}", "stateless").splitlines()) for name in fixed
-    }
+    fixed = [n for n, found in running.sets.items() if not found.flags & {"dynamic", "timeout"}]
+    with _asking():  # there may be hundreds of them, and libnftables reads all for each
+        values = {name: digest(one.hex() for one in netlink.elements(path, name)) for name in fixed}
     return replace(running, values=values)
 
 

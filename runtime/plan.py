@@ -36,6 +36,9 @@ _ASKED: Final = re.compile(r"@([\w.]+)")
 _BUCKETS: Final = "buckets start full"
 _AGAIN: Final = {
     "control": "the file's value holds until its controller moves it again",
+    "networks": "they are discovered again",
+    "stay": "connections go by what is chosen now",
+    "route": "packets go directly until the paths are probed again",
     "bucket": _BUCKETS,
     "limit": _BUCKETS,
     "recent": "flows over the rate are found again within a second",
@@ -140,14 +143,16 @@ def plan(
     kernel: Mapping[str, Running],
     scope: Collection[str] | None = None,
     kept: Left | None = None,
+    *,
+    crooked: Mapping[str, Sequence[str]] = {},
 ) -> Plan:
     """The transaction from what runs to what is wanted.
 
     `kernel` holds our tables that exist, by their paths. `scope` are the tables to be made right,
     None for all; of others only the order at their hooks is. `kept` is what the wanted
-    generation had learned when it was left.
+    generation had learned when it was left. `crooked` says of links what somebody else changed.
     """
-    return _Planning(wanted, before, kernel, scope, kept or Left()).done()
+    return _Planning(wanted, before, kernel, scope, kept or Left(), crooked).done()
 
 
 class _Planning:
@@ -158,8 +163,10 @@ class _Planning:
         kernel: Mapping[str, Running],
         scope: Collection[str] | None,
         kept: Left,
+        crooked: Mapping[str, Sequence[str]],
     ) -> None:
         self.wanted, self.before, self.kernel, self.kept = wanted, before, kernel, kept
+        self.crooked = crooked
         self.clear, self.declare = Script(), Script()
         self.edit, self.hang, self.tidy = Script(), Script(), Script()
         self.changes: list[Change] = []
@@ -289,6 +296,8 @@ class _Planning:
                 action = "create"
             elif shape(before[name]) != told:
                 action, note = "replace", f"{shape(before[name])} -> {told}"
+            elif self.crooked.get(name):
+                action, note = "replace", "; ".join(self.crooked[name])
             if action != "keep" or name in own:
                 self.changes.append(Change(action, "link", "", name, name, note))
 
@@ -412,8 +421,9 @@ class _TablePlanning:
             self._edit(edit)
         if self._lines() != begun:
             # A map's elements would hold on to chains that go. Its controller writes them again.
+            kept = {one.name for one in self.table.values}
             for name, running in self.running.sets.items():
-                if running.kind == "map":
+                if running.kind == "map" and name not in kept:
                     self.whole.clear.say(f"flush map {self.path} {name}")
             self.whole.touched[self.path] = None
 
@@ -466,19 +476,23 @@ class _TablePlanning:
         said = self.old_values.get(one.name)
         count = f"{len(one.elements)} elements"
         if running is None:
-            self._change("create", "set", policy, one.name, count)
+            self._change("create", one.kind, policy, one.name, count)
             return True
-        if running.types != (one.type,) or "dynamic" in running.flags:
+        if (
+            (running.kind, running.types) != (one.kind, (one.type,))
+            or running.flags != ({"interval"} if one.interval else set())
+        ):  # fmt: skip
             self.gone.add(one.name)
-            self._change("replace", "set", policy, one.name, f"of another type; {count}")
+            self._change("replace", one.kind, policy, one.name, f"of another type; {count}")
             return True
         listed = self.running.values.get(one.name)
         sound = self.listed.get(one.name) == listed
-        if sound and said is not None and said.elements == one.elements:
-            self._change("keep", "set", policy, one.name, count)
+        if sound and said is not None and said.entries == one.entries:
+            self._change("keep", one.kind, policy, one.name, count)
             return False
-        self.whole.declare.say(f"flush set {self.path} {one.name}", one.span)
-        self._change("replace", "set", policy, one.name, _elements_note(one, said, sound))
+        if not one.verdicts:  # a map is emptied where its elements are said
+            self.whole.declare.say(f"flush set {self.path} {one.name}", one.span)
+        self._change("replace", one.kind, policy, one.name, _elements_note(one, said, sound))
         return True
 
     def _flow_set(self, one: FlowSet) -> bool:
@@ -513,7 +527,7 @@ class _TablePlanning:
 
     def _holds(self, one: FlowSet, said: FlowSet | None, running: RunningSet) -> bool:
         """Do the set's elements say what they should?"""
-        if one.role in ("count", "learned", "control"):
+        if one.role in ("count", "learned") or one.written:
             return True
         if one.role == "young":
             return running.timeout == one.timeout  # the age itself
@@ -883,7 +897,7 @@ def _many(rules: Sequence[Rule]) -> str:
 def _elements_note(one: ValueSet, said: ValueSet | None, sound: bool) -> str:
     if said is None or not sound:
         return f"something else changed it; {len(one.elements)} elements"
-    old, new = set(said.elements), set(one.elements)
+    old, new = set(said.entries), set(one.entries)
     return f"{len(new - old)} elements come, {len(old - new)} go"
 
 
@@ -907,9 +921,9 @@ def _other_form(one: FlowSet, running: RunningSet) -> str:
     """Why a set cannot stay what it is, "" if it can."""
     if running.types != one.types:
         return "another key"
-    if running.kind != ("map" if one.role == "control" else "set"):
+    if running.kind != ("map" if one.is_map else "set"):
         return "of another kind"
-    dynamic = one.role == "control" or "dynamic" in running.flags
+    dynamic = one.written or "dynamic" in running.flags
     if ("timeout" in running.flags) != one.timed or not dynamic:
         return "other flags"
     if (running.timeout is None) != (one.timeout is None):
@@ -975,13 +989,17 @@ def drift(table: Table, running: Running, seen: Mapping[str, str], on: Iterable[
     now = listed(running)
     found = [f"chain {name} is gone" for name in sorted(wanted - set(running.chains))]
     found += [
-        f"{'chain' if name in running.chains else 'set'} {name} was "
+        f"{'chain' if name in running.chains else running.sets[name].kind} {name} was "
         + ("changed" if name in seen else "added")
         for name in sorted(now)
         if now[name] != seen.get(name)
     ]
     known = {s.name for s in table.sets} | {v.name for v in table.values}
-    found += [f"set {name} is gone" for name in sorted(known - set(running.sets))]
+    maps = {v.name for v in table.values if v.verdicts}
+    found += [
+        f"{'map' if name in maps else 'set'} {name} is gone"
+        for name in sorted(known - set(running.sets))
+    ]
     found += [
         f"{running.sets[name].kind} {name} was added"
         for name in sorted(set(running.sets) - known - set(now))

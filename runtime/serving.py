@@ -33,7 +33,7 @@ from typing import Any, Final
 from itmlang.diagnostics import CompileError, Diagnostic
 from runtime import decisions, steering, talk
 from runtime.errors import MachineError
-from runtime.jobs import ControlJob, Job, QueueJob, TimerJob
+from runtime.jobs import ControlJob, Job, OverlayJob, QueueJob, TimerJob
 from runtime.life import BEAT, Life
 from runtime.netqueue import release
 from runtime.pathmtu import PathMtu
@@ -52,14 +52,20 @@ _LONGEST_MESSAGE: Final = 1 << 16
 _LOG_SIZE: Final = 1 << 20
 _RATE: Final = 20  # lines of the log a second, of all workers
 
-_DOES: Final[Mapping[type, str]] = {QueueJob: "queue", ControlJob: "control", TimerJob: "timers"}
+_DOES: Final[Mapping[type, str]] = {
+    QueueJob: "queue", ControlJob: "control", TimerJob: "timers", OverlayJob: "overlay",
+}  # fmt: skip
 
 Reply = Callable[[Mapping[str, Any]], None]
 
 
 def jobs(state: State) -> dict[str, Job]:
-    """What is to be done for a state, by name: all queues that no program serves by itself, the
-    controllers and timers of the policies that are on."""
+    """What is to be done for a state, by what tells it apart: all queues that no program serves
+    by itself, the controllers, timers and overlays of the policies that are on.
+
+    Other controllers and timers of a policy are other jobs, so that they are tried beside those
+    that run.
+    """
     found: list[Job] = []
     on = {entry.name for entry in state.policies if entry.on}
     for unit in (unit for unit in state.units if not unit.program):
@@ -74,7 +80,13 @@ def jobs(state: State) -> dict[str, Job]:
             for name in dict.fromkeys(one.policy for one in table.timers if one.policy in on):
                 timers = tuple(one for one in table.timers if one.policy == name)
                 found.append(TimerJob(unit, name, timers))
-    return {job.name: job for job in found}
+            found += [
+                OverlayJob(unit, one.name, one) for one in table.overlays if one.name in on
+            ]  # fmt: skip
+    return {
+        f"{job.name} {job.part}" if isinstance(job, ControlJob | TimerJob) else job.name: job
+        for job in found
+    }
 
 
 def looked_after(state: State) -> bool:
@@ -199,6 +211,7 @@ class _Worker:
     error: str = ""
     target: str = ""  # the handler that the error is about
     counts: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)  # what else it told of itself last
     before: dict[str, int] = field(default_factory=dict)  # what earlier processes of it counted
 
     @property
@@ -296,11 +309,13 @@ class Runtime:
         self._stop_unneeded()
 
     def _let_go(self) -> None:
-        """Controllers and timers begin when what they are for holds."""
+        """Controllers and timers begin when what they are for holds, and those before have ended."""
+        ending = {one.job.name for one in self._workers.values() if one.ending}
         for name, one in self._workers.items():
             begins = not isinstance(one.job, QueueJob) and name in self._wanted and one.well
+            begins = begins and one.job.name not in ending
             if begins and not one.going and one.link is not None:
-                one.going = True
+                one.going, one.begun = True, time.monotonic()
                 with suppress(OSError):
                     one.link.send(b'{"command": "go"}')
 
@@ -311,7 +326,13 @@ class Runtime:
             self._stopping = True
 
     def _arrange(self) -> None:
-        needed = {**(self._prepared[0] if self._prepared else {}), **self._wanted}
+        prepared = self._prepared[0] if self._prepared else {}
+        needed = {**prepared, **self._wanted}
+        # Where nothing of before goes on, what is to come is tried.
+        needed |= {
+            name: prepared[name] for name, one in self._workers.items()
+            if name in prepared and not one.well
+        }  # fmt: skip
         for name, job in needed.items():
             one = self._workers.get(name)
             if one is None:
@@ -499,6 +520,8 @@ class Runtime:
             self._beat(one.heard)
         if "counts" in message:
             one.counts = message["counts"]
+        if "state" in message:
+            one.state = message["state"]
         if "log" in message:
             self._say(f"{one.job.name}: {message['log']}")
         if "reloaded" in message:
@@ -529,14 +552,15 @@ class Runtime:
             began = one.ready
             one.process, one.link, one.ready, one.reloading = 0, None, False, False
             one.before = _added(one.before, one.counts)
-            one.counts = {}
+            one.counts, one.state = {}, {}
             if isinstance(one.job, ControlJob):
                 self._links = []  # rates that it wrote are to be the file's again
                 self._mend = 0.0
             if one.ending:
                 del self._workers[name]
-                if isinstance(one.job, ControlJob):
+                if isinstance(one.job, ControlJob | OverlayJob):
                     self._forget_decisions()
+                self._let_go()
                 continue
             if one.restarting:
                 one.restarting, one.again = False, now
@@ -552,7 +576,7 @@ class Runtime:
         self._stop_unneeded()
 
     def _forget_decisions(self) -> None:
-        """A controller may have written a line after its policy was removed."""
+        """A controller, or an overlay, may have written a line after its policy was removed."""
         with suppress(MachineError):
             decisions.forget(self._folder, Store(self._folder).state.names)
 
@@ -650,6 +674,7 @@ class Runtime:
                     "age": round(time.monotonic() - one.begun, 3),
                     "error": one.error,
                     "counts": _added(one.before, one.counts),
+                    "state": one.state,
                 }
                 for _, one in sorted(self._workers.items())
                 if not one.ending
@@ -682,6 +707,10 @@ def _work(job: Job, link: socket.socket) -> None:
             from runtime import timers
 
             timers.work(job, link)
+        case OverlayJob():
+            from runtime.overlay import process
+
+            process.work(job, link)
 
 
 def _added(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

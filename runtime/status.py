@@ -12,6 +12,7 @@ from itmlang.nft.model import TABLE_PREFIX, FlowSet, Table
 from runtime import decisions, netqueue, nft, steering
 from runtime.apply import kernel, our_tables
 from runtime.errors import UsageError
+from runtime.overlay.status import OverlayStatus, seen
 from runtime.plan import drift
 from runtime.state import Entry, State
 from runtime.store import Store, directory, load, now, reading, waiting
@@ -186,6 +187,8 @@ class PolicyStatus:
     python: PythonStatus | None = None
     control: tuple[ControlStatus, ...] = ()
     timers: tuple[TimerStatus, ...] = ()
+    ways: tuple[ClassStatus, ...] = ()  # what went by neighbours of an overlay
+    overlay: OverlayStatus | None = None
 
 
 @dataclass(frozen=True)
@@ -337,14 +340,15 @@ def _glanced(state: State, entry: Entry) -> PolicyStatus:
     table, unit = state.table_of(entry.name), state.unit_of(entry.name)
     policy = next(p for p in unit.policies if p.name == entry.name)
     counters = nft.counters(table.path)
-    own = [c for c in table.counters if (c.policy, c.kind) == (entry.name, "class")]
+    own = [c for c in table.counters if c.policy == entry.name and c.kind in ("class", "via")]
     gone = any(c.name not in counters for c in own)
     return PolicyStatus(
         entry.name,
         "missing" if gone else "on" if entry.on else "off",
         unit.shown, _hooks(table, entry.name), policy.priority, gone,
-        () if gone else tuple(ClassStatus(c.of, *counters[c.name]) for c in own),
+        () if gone else tuple(ClassStatus(c.of, *counters[c.name]) for c in own if c.kind == "class"),
         parameters=policy.parameters,
+        ways=() if gone else tuple(ClassStatus(c.of, *counters[c.name]) for c in own if c.kind == "via"),
     )  # fmt: skip
 
 
@@ -373,7 +377,7 @@ def control_log(name: str) -> tuple[list[str], dict[str, Controller]]:
         )
     table = _table(state, name)
     mine = {one.written: one for one in table.controllers if one.policy == name}
-    if not mine:
+    if not mine and all(one.name != name for one in table.overlays):
         raise UsageError(f"`{name}` has no controller", "a `control` section gives it one")
     return decisions.lines(directory(), name), mine
 
@@ -445,7 +449,7 @@ def _with_runtime(store: Store, told: Sequence[PolicyStatus]) -> tuple[PolicySta
         for table in unit.ruleset.tables
         for queue in table.queues
     }
-    controlled = any(t.controllers or t.timers for t in store.state.tables)
+    controlled = any(t.controllers or t.timers or t.overlays for t in store.state.tables)
     programs = {program for program, _ in queues.values()} | ({""} if controlled else set())
     answers = {
         program: ask(store.folder, {"command": "status"}, 1.0, program=program) or {}
@@ -500,15 +504,21 @@ def _with_runtime(store: Store, told: Sequence[PolicyStatus]) -> tuple[PolicySta
 
 
 def _with_control(store: Store, policy: PolicyStatus, answer: Mapping[str, Any]) -> PolicyStatus:
-    """The status, with what the policy's controllers and timers do."""
+    """The status, with what the policy's controllers, timers and overlay do."""
     if policy.state in ("missing", "unknown"):
         return policy
     table = store.state.table_of(policy.name)
     mine = [one for one in table.controllers if one.policy == policy.name]
     timers = [one for one in table.timers if one.policy == policy.name]
     workers = {w["does"]: w for w in answer.get("workers", ()) if w["policy"] == policy.name}
-    absent = "" if answer or not (mine or timers) else _absent(store.folder, "", policy.name)
+    absent = (
+        ""
+        if answer or not (mine or timers or table.overlays)
+        else _absent(store.folder, "", policy.name)
+    )
     control, rings = workers.get("control", {}), workers.get("timers", {})
+    overlay = next((one for one in table.overlays if one.name == policy.name), None)
+    prober = workers.get("overlay", {})
     last: Mapping[str, Mapping[str, Any]] = {}
     if mine and control.get("process"):
         # Before it began, what is written was the file's.
@@ -518,8 +528,14 @@ def _with_control(store: Store, policy: PolicyStatus, answer: Mapping[str, Any])
     counts = rings.get("counts", {}).get("timers", {})
     return replace(
         policy,
+        overlay=None if overlay is None else seen(
+            overlay, prober.get("state", {}), off or absent or prober.get("error", "")
+        ),
         control=tuple(
-            _controlled(one, last.get(one.written, {}), off or absent or control.get("error", ""))
+            _controlled(
+                one, last.get(one.written, {}), off or absent or control.get("error", ""),
+                store.state,
+            )
             for one in mine
         ),
         timers=tuple(
@@ -534,8 +550,11 @@ def _rung(one: Timer, counts: Mapping[str, int], trouble: str) -> TimerStatus:
     return TimerStatus(one.target, one.period, called, skipped, failed, trouble)
 
 
-def _controlled(one: Controller, last: Mapping[str, Any], trouble: str) -> ControlStatus:
+def _controlled(
+    one: Controller, last: Mapping[str, Any], trouble: str, state: State
+) -> ControlStatus:
     value = last.get("value")
+    held = _held(one, state) if value is None or one.dry else value
     return ControlStatus(
         written=one.written,
         value=value,
@@ -552,11 +571,22 @@ def _controlled(one: Controller, last: Mapping[str, Any], trouble: str) -> Contr
         period=one.period,
         low=one.low,
         high=one.high,
-        in_force=one.shown(one.base if value is None or one.dry else value),
+        in_force=one.shown(held),
         in_file=one.shown(one.base),
         would=one.shown(value) if one.dry and value is not None else "",
         at=last.get("time"),
     )
+
+
+def _held(one: Controller, state: State) -> float:
+    """What holds where nothing was decided: the file's value. Of a link, its rate: where the
+    runtime was killed, that is what it was."""
+    link = next((link for link in state.active_links if link.name == one.link), None)
+    if link is None:
+        return one.base
+    from runtime import links  # 0.2 s that is not needed without links
+
+    return links.rate(link) or one.base
 
 
 def _absent(folder: Path, program: str, policy: str) -> str:
@@ -614,6 +644,7 @@ def _counts(table: Table, policy: str, counters: Mapping[str, tuple[int, int]]) 
             for c in own
             if c.kind in ("sampled", "recorded")
         ),
+        "ways": tuple(ClassStatus(c.of, *by_kind[c.kind, c.of]) for c in own if c.kind == "via"),
     }  # fmt: skip
 
 

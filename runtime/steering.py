@@ -7,7 +7,7 @@ it any more.
 """
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
@@ -20,6 +20,7 @@ from itmlang.nft import model
 from itmlang.nft.tunnels import renumbered
 from runtime import store
 from runtime.errors import MachineError
+from runtime.plan import shape
 from runtime.state import State
 from runtime.store import directory
 from runtime.units import Unit
@@ -59,8 +60,11 @@ def kernel_tunnels(state: State) -> list[model.Tunnel]:
     return [found[number] for number in sorted(found)]
 
 
-def prepare(folder: Path, before: State, wanted: State) -> None:
-    """Have what a state needs that does not hold yet, beside what runs. Raises `MachineError`."""
+def prepare(folder: Path, before: State, wanted: State, force: Collection[str] = ()) -> None:
+    """Have what a state needs that does not hold yet, beside what runs. Raises `MachineError`.
+
+    Only links named in `force` take the place of what somebody else has set.
+    """
     if steers(before) or steers(wanted):
         numbered = _by_number(before.units) | _by_number(wanted.units)
         _put(folder, numbered.values(), [*_in_python(before), *_in_python(wanted)])
@@ -70,11 +74,12 @@ def prepare(folder: Path, before: State, wanted: State) -> None:
             link for link in before.active_links
             if not any(o.name == link.name or overlap(o, link) for o in new)
         ]  # fmt: skip
-        _put_links(folder, [*new, *going], controlled(wanted), settled=False)
+        _put_links(folder, [*new, *going], controlled(wanted), force=force)
 
 
 def settle(folder: Path, state: State, live: Collection[str] | None = None) -> tuple[str, ...]:
-    """Have what a state needs, and nothing else; what did not come back, in words.
+    """Have what a state needs, and nothing else; what did not come back, and where somebody else's
+    qdisc is in the way, in words.
 
     Rates that controllers write stay: of the links named `live`, of all that have one if left
     out. Raises `MachineError`.
@@ -125,7 +130,8 @@ def refuse(before: State, wanted: State, *, force: bool) -> None:
     With `force`, what somebody else has set gives way, and the hardware's rate is no bound.
     Raises `MachineError`, with the policy's lines.
     """
-    new = [link for link in wanted.active_links if link not in before.active_links]
+    asked = {link.name: shape(link) for link in before.active_links}
+    new = [link for link in wanted.active_links if asked.get(link.name) != shape(link)]
     if not new:
         return
     from runtime import links  # 0.2 s that most changes need not
@@ -176,40 +182,59 @@ def controlled(state: State) -> dict[str, Controller]:
     }
 
 
-def wrong_links(state: State) -> dict[str, list[str]]:
-    """By name, what somebody else changed of the links. Raises `MachineError`."""
-    if not state.active_links:
+def wrong_links(state: State, some: Sequence[Link] | None = None) -> dict[str, list[str]]:
+    """By name, what somebody else changed of the links, or of `some`. Raises `MachineError`."""
+    active = state.active_links if some is None else some
+    if not active:
         return {}
     from runtime import links
 
     free = controlled(state)
-    found = links.wrong(_as_written(state.active_links, free))
+    found = links.wrong(_as_written(active, free))
     moving = free.keys() & found.keys()
     if any(found[name] for name in moving):
         # Its controller may just have written another rate: that is not wrong twice.
-        again = links.wrong(_as_written(state.active_links, free))
+        again = links.wrong(_as_written(active, free))
         found |= {name: [one for one in found[name] if one in again[name]] for name in moving}
     return found
 
 
+def crooked(state: State, names: Collection[str]) -> dict[str, list[str]]:
+    """By name, what somebody else changed of these links, where they may be put right.
+
+    Raises `MachineError`.
+    """
+    active = [link for link in state.active_links if link.name in names]
+    if not active:
+        return {}
+    from runtime import links
+
+    reachable, _ = _allowed(active, _stored_links(directory())[0], ())
+    here = {link.name for link in reachable if links.interfaces(link)}
+    return {name: told for name, told in wrong_links(state, reachable).items() if name in here}
+
+
 def _put_links(
-    folder: Path, wanted: Iterable[Link], free: Mapping[str, Controller], *, settled: bool
+    folder: Path,
+    wanted: Iterable[Link],
+    free: Mapping[str, Controller],
+    *,
+    settled: bool = False,
+    force: Collection[str] = (),
 ) -> tuple[str, ...]:
     from runtime import links
 
     path = folder / _LINKS
     stored = _stored_links(folder)[0]
-    wanted = _as_written(wanted, free)
-    if settled:  # nobody asked whether somebody else's qdisc may go
-        wanted = _allowed(wanted, stored)
+    wanted, blocked = _allowed(_as_written(wanted, free), stored, force)
     shared = _stored(folder / _FILE)[0]
     before = links.before(wanted, stored, shared["links"] if shared else ())
     _keep_links(path, before, settled=False)
     done = links.put(wanted, before)
     _keep_links(path, done.before, settled=settled)
-    if settled and not list(wanted):
+    if settled and not (wanted or done.before["aside"]):
         path.unlink()
-    return done.told
+    return (*done.told, *blocked)
 
 
 def _as_written(wanted: Iterable[Link], free: Mapping[str, Controller]) -> list[Link]:
@@ -225,20 +250,28 @@ def _as_written(wanted: Iterable[Link], free: Mapping[str, Controller]) -> list[
     return found
 
 
-def _allowed(wanted: Iterable[Link], stored: "links.Before | None") -> list[Link]:
-    """The links, without interfaces that somebody else has set something at meanwhile."""
+def _allowed(
+    wanted: Iterable[Link], stored: "links.Before | None", force: Collection[str]
+) -> tuple[list[Link], list[str]]:
+    """The links, without interfaces where somebody else has set something that has not made room
+    before (but those named in `force`); and where that is, in words."""
     from runtime import links
 
-    blocked = links.foreign(wanted, stored)
-    found = []
+    found, told = [], []
     for link in wanted:
-        if not blocked or link.ingress:
+        blocked = {} if link.name in force else links.foreign([link], stored, again=True)
+        if not blocked:
             found.append(link)
             continue
         found += [
             replace(link, interface=name) for name in links.interfaces(link) if name not in blocked
         ]
-    return found
+        told += [
+            f"{link.name} is not at {name}: somebody else has set a root qdisc {kind} there, which "
+            "only `itmc apply --force` puts aside"
+            for name, kind in sorted(blocked.items())
+        ]
+    return found, told
 
 
 def _stored_links(folder: Path) -> "tuple[links.Before | None, bool]":

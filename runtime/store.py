@@ -28,7 +28,7 @@ from runtime.migrate import Kept, Left
 from runtime.state import Entry, State
 from runtime.units import from_json, to_json
 
-SCHEMA: Final = 5
+SCHEMA: Final = 6
 KEPT: Final = 10  # generations
 # What a waiting generation's file is called once it is settled.
 _ENDS: Final = {"confirmed": "confirmed.json", "rolled back": "rolled-back.json"}

@@ -69,7 +69,9 @@ class KernelRun:
 
 
 def _tunnels(policy: ir.Policy) -> bool:
-    steps = [step for steps in policy.process.values() for step in ir.every_step(steps)]
+    # By a neighbour nothing goes here: nobody probes.
+    classes = (steps for name, steps in policy.process.items() if name not in policy.ways)
+    steps = [step for steps in classes for step in ir.every_step(steps)]
     return any(isinstance(step.action, Encapsulate | Decapsulate) for step in steps)
 
 

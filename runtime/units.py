@@ -25,6 +25,7 @@ from itmlang.nft.model import (
     Tunnel,
     ValueSet,
 )
+from itmlang.overlays import Destination, Neighbor, Overlay
 from itmlang.source import Reader, Source, Span, UnreadableError
 
 if TYPE_CHECKING:  # what is only loaded again needs no compiler
@@ -72,6 +73,7 @@ class Unit:
     compiler: str = ""
     removed: tuple[str, ...] = ()  # policies of the file that were taken away
     program: str = ""  # that brought it and serves its queues, see `runtime.app`; "" for a file
+    optimised: bool = True  # the compiler's passes were done, see `itmlang.dispatch`
 
     @property
     def shown(self) -> str:
@@ -91,7 +93,8 @@ class Unit:
     def made_of(self) -> tuple[object, ...]:
         """All that the ruleset follows from; equal for units that are the same."""
         reads = [(r.path, r.by, r.library, r.source.name, r.source.text) for r in self.reads]
-        return self.source.name, self.source.text, reads, self.given, self.compiler, self.removed
+        made = self.source.name, self.source.text, reads, self.given, self.compiler, self.removed
+        return (*made, self.optimised)
 
     def with_ruleset(self, ruleset: Ruleset) -> "Unit":
         """The unit with its ruleset in the form that a machine needs."""
@@ -144,6 +147,7 @@ def _without(table: Table, names: set[str]) -> Table:
         tunnels=[one for one in table.tunnels if one.policy not in names],
         controllers=[one for one in table.controllers if one.policy not in names],
         timers=[one for one in table.timers if one.policy not in names],
+        overlays=[one for one in table.overlays if one.name not in names],
         sets=[
             one
             for one in table.sets
@@ -197,11 +201,14 @@ def unit_of(
         given=given or {},
         warned=bool(compiled.warnings),
         compiler=__version__,
+        optimised=bool(compiled.optimisations),
     )
 
 
-def still_holds(unit: Unit, source: Source, read: Reader) -> bool:
+def still_holds(unit: Unit, source: Source, read: Reader, optimise: bool = True) -> bool:
     """Would compiling this source give the unit again? Nothing that it was made from changed."""
+    if unit.optimised != optimise:
+        return False
     if unit.compiler != __version__ or unit.given or unit.warned or unit.removed:
         return False
     if unit.source.text != source.text:
@@ -279,12 +286,22 @@ def to_json(unit: Unit) -> dict[str, Any]:
     ) -> dict[str, Any]:
         return {**_fields(one), "span": place(one.span)}
 
+    def value_set(one: ValueSet) -> dict[str, Any]:
+        return {**plain(one), "spans": [place(span) for span in one.spans]}
+
     def controller(one: Controller) -> dict[str, Any]:
         return {**plain(one), "measure": _fields(one.measure)}
 
     def link(one: Link) -> dict[str, Any]:
         classes = [plain(each) for each in one.classes]
         return {**_fields(one), "classes": classes, "at": place(one.at), "span": place(one.span)}
+
+    def overlay(one: Overlay) -> dict[str, Any]:
+        parts = {
+            name: [{**_fields(each), "span": place(each.span)} for each in getattr(one, name)]
+            for name in ("neighbors", "destinations")
+        }
+        return {**_fields(one), **parts, "span": place(one.span), "key_at": place(one.key_at)}
 
     def queue(one: Queue) -> dict[str, Any]:
         return {**plain(one), "calls": [[target, place(at)] for target, at in one.calls]}
@@ -299,19 +316,21 @@ def to_json(unit: Unit) -> dict[str, Any]:
         "compiler": unit.compiler,
         "removed": list(unit.removed),
         "program": unit.program,
+        "optimised": unit.optimised,
         "links": [link(one) for one in unit.links],
         "tables": [
             {
                 **{k: getattr(table, k) for k in ("policies", "family", "title", "shared")},
                 "span": place(table.span),
                 "counters": [plain(one) for one in table.counters],
-                "values": [plain(one) for one in table.values],
+                "values": [value_set(one) for one in table.values],
                 "sets": [plain(one) for one in table.sets],
                 "chains": [chain(one) for one in table.chains],
                 "queues": [queue(one) for one in table.queues],
                 "tunnels": [plain(one) for one in table.tunnels],
                 "controllers": [controller(one) for one in table.controllers],
                 "timers": [plain(one) for one in table.timers],
+                "overlays": [overlay(one) for one in table.overlays],
             }
             for table in unit.ruleset.tables
         ],
@@ -379,8 +398,33 @@ def from_json(data: Mapping[str, Any]) -> Unit:
         places = {"at": span(one["at"]), "span": span(one["span"])}
         return Link(**{**one, "classes": classes, **places})
 
+    def overlay(one: Mapping[str, Any]) -> Overlay:
+        known = {
+            "neighbors": tuple(
+                Neighbor(**{**n, "span": span(n["span"])}) for n in one["neighbors"]
+            ),
+            "destinations": tuple(
+                Destination(pairs(d["prefixes"]), d["egress"], span(d["span"]))
+                for d in one["destinations"]
+            ),
+            "own": pairs(one["own"]),
+            "lost": tuple(one["lost"]),
+            "key_at": span(one["key_at"]),
+            "span": span(one["span"]),
+        }
+        return Overlay(**{**one, **known})
+
+    def pairs(found: Any) -> tuple[tuple[int, int], ...]:
+        return tuple((address, length) for address, length in found)
+
     def value_set(one: Mapping[str, Any]) -> ValueSet:
-        return ValueSet(one["name"], one["type"], tuple(one["elements"]), span(one["span"]))
+        known = {
+            "elements": tuple(one["elements"]),
+            "verdicts": tuple(one.get("verdicts", ())),
+            "spans": tuple(span(place) for place in one.get("spans", ())),
+            "span": span(one["span"]),
+        }
+        return ValueSet(**{**one, **known})
 
     def flow_set(one: Mapping[str, Any]) -> FlowSet:
         known = {"key": tuple(one["key"]), "types": tuple(one["types"]), "span": span(one["span"])}
@@ -401,6 +445,7 @@ def from_json(data: Mapping[str, Any]) -> Unit:
             tunnels=[tunnel(t) for t in one["tunnels"]],
             controllers=[controller(c) for c in one["controllers"]],
             timers=[Timer(**{**t, "span": span(t["span"])}) for t in one["timers"]],
+            overlays=[overlay(o) for o in one["overlays"]],
         )
 
     tables = tuple(table(one) for one in data["tables"])
@@ -417,4 +462,5 @@ def from_json(data: Mapping[str, Any]) -> Unit:
         compiler=data["compiler"],
         removed=tuple(data["removed"]),
         program=data["program"],
+        optimised=data.get("optimised", True),
     )

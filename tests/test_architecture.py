@@ -10,13 +10,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A module imports only from lines above its own; the last one may import all.
 ORDER = (
-    "source", "diagnostics", "values", "links", "control", "laws", "packet", "headers.options", "headers.extensions",
+    "source", "diagnostics", "values", "links", "overlays", "control", "laws", "packet", "headers.options", "headers.extensions",
     "headers.buffer", "headers.view", "headers.ip", "headers.transport", "headers.packet", "headers", "tunnel", "fields", "marks",
     "actions.action", "actions.accept", "actions.addresses", "actions.call", "actions.drop", "actions.dscp",
-    "actions.encapsulate", "actions.mark", "actions.mss", "actions.ports", "actions.priority", "actions.reject", "actions.tos", "actions.ttl",
+    "actions.encapsulate", "actions.mark", "actions.mss", "actions.ports", "actions.priority", "actions.reject", "actions.route", "actions.tos", "actions.ttl",
     "actions", "capabilities", "resources", "syntax", "grammar", "parser", "layout", "modules", "rates", "ir", "evaluate",
-    "packets", "conditions", "resolve", "tunnelling", "workers", "shaping", "controlling", "check", "unparse", "simplify", "nft.model",
-    "nft.match", "nft.queueing", "nft.tunnels", "nft.lower", "nft.variants", "place", "nft.text", "nft.needs", "conntrack", "tables", "semantics", "trials", "pipeline",
+    "packets", "conditions", "resolve", "tunnelling", "workers", "shaping", "overlaying", "controlling", "check", "unparse", "simplify", "dispatch", "nft.model",
+    "nft.match", "nft.dispatch", "nft.queueing", "nft.tunnels", "nft.lower", "nft.variants", "place", "nft.text", "nft.needs", "conntrack", "tables", "semantics", "trials", "pipeline",
 )  # fmt: skip
 # Which modules may import an outside library; a folder stands for all in it.
 BEHIND = {

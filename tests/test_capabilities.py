@@ -243,7 +243,7 @@ NEEDING = {
 # Words of rules that every nftables knows: no feature of a machine.
 _WORDS = """
     accept add ah burst bytes chain checksum comment daddr day dccp device direction dport
-    drop dscp echo-reply echo-request ecn elements esp established filter flush forward
+    drop dscp echo-reply echo-request ecn element elements esp established filter flush forward
     frag-off goto gre hook hour icmp icmpv6 icmpx ifname iif iifname inc inet_proto
     inet_service input invalid ip ip6 ipv4 ipv4_addr ipv6 ipv6-icmp ipv6_addr jump l4proto
     length map mark maxseg meta minute missing mod name netdev new nf_proto nfproto oifname

@@ -136,11 +136,12 @@ def test_compile_shows_links_controllers_and_timers(tmp_path):
     file = tmp_path / "a.itm"
     file.write_text(LINKS.replace("  ingress", ""))
     plain = itmc("compile", "--format", "ir", str(file)).stdout
-    id = re.search(r"class fast ([0-9a-f]{4}):10 ", plain)[1]
+    id, fast = re.search(r"class fast ([0-9a-f]{4}):([0-9a-f]+) ", plain).groups()
+    bulk = re.search(rf"class bulk {id}:([0-9a-f]+) ", plain)[1]
     for wanted in (
         'link wan at "eth1" rate 10 mbit\n'
-        f"  class fast {id}:10 priority 0 at most 10 mbit dscp {{ ef, cs6 }} otherwise\n"
-        f"  class bulk {id}:20 priority 1 at least 1 mbit at most 8 mbit queue 100 packets inner fifo\n"
+        f"  class fast {id}:{fast} priority 0 at most 10 mbit dscp {{ ef, cs6 }} otherwise\n"
+        f"  class bulk {id}:{bulk} priority 1 at least 1 mbit at most 8 mbit queue 100 packets inner fifo\n"
         "policy p at postrouting",
         "\n  control threshold every 1000 ms toward short.rate = 2 mbit with pi ki 0.1 kp 0.5 "
         "within 2 - 20 from 10, 19 values dry run\n",
@@ -160,7 +161,7 @@ def test_compile_shows_links_controllers_and_timers(tmp_path):
     data = json.loads(itmc("compile", "--format", "json", str(file)).stdout)
     (table,), (link,) = data["tables"], data["links"]
     assert (link["interface"], link["rate"], link["line"]) == ("eth1", 1_250_000, 1)
-    assert [one["classid"] for one in link["classes"]] == [f"{id}:10", f"{id}:20"]
+    assert [one["classid"] for one in link["classes"]] == [f"{id}:{fast}", f"{id}:{bulk}"]
     assert [one["otherwise"] for one in link["classes"]] == [True, False]
     assert [(c["written"], c["gains"]) for c in table["controllers"]] == [
         ("threshold", {"ki": 0.1, "kp": 0.5}), ("wan.rate", {}),
@@ -180,7 +181,7 @@ def test_explain_tells_where_a_packet_waits(tmp_path):
     file = tmp_path / "a.itm"
     file.write_text(LINKS.replace("  ingress", ""))
     shown = " ".join(itmc("explain", str(file), PACKET).stdout.split())
-    assert re.search(r"priority wan.fast waits in the link's class [0-9a-f]{4}:10 ", shown)
+    assert re.search(r"priority wan.fast waits in the link's class [0-9a-f]{4}:[0-9a-f]+ ", shown)
 
 
 def test_a_pipe_that_closes_early_is_no_error(tmp_path):

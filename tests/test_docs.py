@@ -58,6 +58,8 @@ def test_the_ruleset_is_what_compile_prints():
         "docs/boot.md",
         "docs/libitm.md",
         "docs/controllers.md",
+        "docs/performance.md",
+        "docs/overlay.md",
     ],
 )
 def test_links_lead_somewhere(name):

@@ -60,6 +60,18 @@ def test_errors_stand_on_their_lines(path: Path) -> None:
     assert (missing, surplus) == ([], [])
 
 
+def test_the_link_that_a_help_line_shows_is_one() -> None:
+    reference = "policy p { at output classify { c } process { c { priority wan.bulk } } %s }"
+    control = "control { wan.rate every 1s toward cpu = 5% with p kp 1 within 1 mbit-2 mbit }"
+    with pytest.raises(CompileError) as caught:
+        compile(Source("p.itm", reference % control))
+    shown = [re.findall("`(link .*)`", one.help) for one in caught.value.diagnostics]
+    examples = [one for found in shown for one in found]
+    assert examples
+    for example in examples:
+        compile(Source("p.itm", example + reference % ""))
+
+
 def test_each_code_has_a_file() -> None:
     sources = "".join(path.read_text() for path in ROOT.glob("itmlang/**/*.py"))
     codes = set(re.findall(r'"([EW]\d{3})"', sources)) - _ELSEWHERE

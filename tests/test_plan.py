@@ -165,7 +165,9 @@ def small() -> Unit:
 
 
 def _flags(one: FlowSet) -> frozenset[str]:
-    if one.role == "control":
+    if one.role in ("route", "networks"):
+        return frozenset({"interval", "timeout"})
+    if one.is_map:
         return frozenset({"timeout"})
     return frozenset({"dynamic", "timeout"} if one.timed else {"dynamic"})
 
@@ -185,12 +187,15 @@ def running(table: Table) -> Running:
             s.size,
             s.timeout,
             _flags(s),
-            "map" if s.role == "control" else "set",
+            "map" if s.is_map else "set",
         )
         for s in table.sets
     }
-    sets |= {v.name: RunningSet((v.type,), 0, None, frozenset({"interval"})) for v in table.values}
-    values = {v.name: digest(v.elements) for v in table.values}
+    sets |= {
+        v.name: RunningSet((v.type,), 0, None, frozenset(("interval",) * v.interval), v.kind)
+        for v in table.values
+    }
+    values = {v.name: digest(map(" ".join, v.entries)) for v in table.values}
     return Running(chains, sets, tuple(c.name for c in table.counters), values)
 
 

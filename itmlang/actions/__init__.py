@@ -12,6 +12,7 @@ from itmlang.actions.mss import SetMss
 from itmlang.actions.ports import SetDport, SetSport
 from itmlang.actions.priority import Priority
 from itmlang.actions.reject import Reject
+from itmlang.actions.route import RouteBy
 from itmlang.actions.tos import SetTos, UnsetTos
 from itmlang.actions.ttl import SetTtl
 
@@ -19,7 +20,7 @@ ACTIONS: tuple[type[Action], ...] = (
     Accept, Drop, Reject,
     SetDscp, SetTos, UnsetTos, SetTtl, SetMark,
     SetSaddr, SetDaddr, SetSport, SetDport, SetMss,
-    Call, Encapsulate, Decapsulate, Priority,
+    Call, Encapsulate, Decapsulate, Priority, RouteBy,
 )  # fmt: skip
 
 __all__ = ["ACTIONS", "Action", "Lowered"]

@@ -21,16 +21,23 @@ Policies that share a learned set share a table: nftables' rules reach no furthe
 
 import re
 from collections import Counter as Counted
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
+from functools import cached_property
+from itertools import takewhile
 from typing import Final
 
-from itmlang import ir, marks, rates, values
+from itmlang import ir, marks, overlays, rates, values
+from itmlang.actions.route import RouteBy
 from itmlang.capabilities import EVERYTHING, Capabilities
 from itmlang.diagnostics import Findings
+from itmlang.dispatch import OPTIMISATIONS, dispatch
 from itmlang.fields import ANY_FAMILY, EGRESS, Field, hook_kind
 from itmlang.nft import tunnels
+from itmlang.nft.dispatch import Lowering as Dispatching
 from itmlang.nft.match import (
+    Asked,
     FlowNames,
     Leaf,
     key_match,
@@ -62,6 +69,7 @@ from itmlang.simplify import (
     conjuncts,
     disjuncts,
     is_false,
+    is_positive,
     is_true,
     keyed_by_transport,
 )
@@ -83,7 +91,14 @@ OVER_RATE: Final = 1000
 # without a time none later on, and drops one with a time when it is renewed without.
 FOR_EVER: Final = 36_500 * 86_400_000
 _QUOTED: Final = re.compile(r'"[^"]*"')  # a log's prefix may look like anything
-_PROTOCOLS: Final = re.compile(r"\bmeta l4proto (\{ [^}]* \})")
+# A set of values in braces, and what is to lie in it or not.
+_BRACES: Final = re.compile(
+    r"\b(meta l4proto|(?:th|tcp|udp|sctp|dccp|udplite) [sd]port|ip6? [sd]addr)"
+    r"( !=)? (\{ [^}]* \})"
+)
+_TARGET: Final = re.compile(r"\b(?:goto|jump) ([\w.]+)")
+_ASKED: Final = re.compile(r"@([\w.]+)")
+_TOO_DEEP: Final = "E041"
 _MOST_REPEATED: Final = 16  # rules with the same set in braces
 _MOST_PACKETS: Final = 2**32 - 1  # the burst of nft_limit is 32 bits wide
 _MOST_ELEMENTS: Final = 2**32 - 1  # so is a set's size
@@ -94,24 +109,50 @@ def lower(
     policies: Sequence[Simplified],
     findings: Findings,
     capabilities: Capabilities = EVERYTHING,
+    optimisations: Collection[str] = OPTIMISATIONS,
+    plain: Collection[str] = (),
 ) -> Ruleset:
-    """The ruleset for the policies of a file."""
+    """The ruleset for the policies of a file.
+
+    `optimisations` are those of `dispatch`; the policies whose names are in `plain` get none.
+    """
     tables = []
     kept = Kept({number for one in policies for number in one.policy.queueing.given})
     for group in _groups(policies):
-        egress = any(hook_kind(h) == EGRESS for one in group for h in one.policy.hooks)
-        names = tuple(one.policy.name for one in group)
-        table = Table(names, group[0].policy.span, "netdev" if egress else "inet")
-        shared: dict[str, Chain] = {}
-        for one in group:
-            _Lowering(one, table, shared, findings, kept, capabilities)
-        _value_sets(table, group)
-        table.chains.extend(shared.values())
-        _reach(table, findings)
-        _share_protocols(table)
+        passes = {s.policy.name: () if s.policy.name in plain else optimisations for s in group}
+        before, said = deepcopy(kept), Findings()
+        table = _table(group, said, kept, capabilities, passes)
+        if any(passes.values()) and any(found.code == _TOO_DEEP for found in said.diagnostics):
+            # Asked one after the other, they may be less deep.
+            kept, said = before, Findings()
+            table = _table(group, said, kept, capabilities, {})
+        for diagnostic in said.diagnostics:
+            findings.add(diagnostic)
         tables.append(table)
     findings.raise_errors()
     return Ruleset(file, tuple(tables), tuple(one.policy.name for one in policies))
+
+
+def _table(
+    group: Sequence[Simplified],
+    findings: Findings,
+    kept: Kept,
+    capabilities: Capabilities,
+    passes: Mapping[str, Collection[str]],
+) -> Table:
+    """The table of some policies, each with the passes that stand by its name."""
+    egress = any(hook_kind(h) == EGRESS for one in group for h in one.policy.hooks)
+    names = tuple(one.policy.name for one in group)
+    table = Table(names, group[0].policy.span, "netdev" if egress else "inet")
+    shared: dict[str, Chain] = {}
+    for one in group:
+        own = passes.get(one.policy.name, ())
+        _Lowering(one, table, shared, findings, kept, capabilities, own)
+    _value_sets(table, group)
+    table.chains.extend(shared.values())
+    _reach(table, findings)
+    _share_sets(table)
+    return table
 
 
 def _groups(policies: Sequence[Simplified]) -> list[list[Simplified]]:
@@ -162,34 +203,46 @@ def _value_set(name: str, named: ir.NamedSet, field: Field, family: int) -> Valu
     return ValueSet(name, field.key_type(family), tuple(elements), named.span)
 
 
-def _share_protocols(table: Table) -> None:
-    """A set of protocols that many rules have in braces becomes one of the table's.
+def _share_sets(table: Table) -> None:
+    """A set of values that many rules have in braces becomes one of the table's.
 
     Each set in braces is a set to the kernel, which goes through all of them for each new one.
     """
-    rules = [rule for chain in table.chains for rule in chain.rules]
-    found = Counted(set_ for rule in rules for set_ in _PROTOCOLS.findall(rule.text))
-    names = {
-        text: f"protocols_{number}"
-        for number, text in enumerate((t for t, n in found.items() if n > _MOST_REPEATED), 1)
-    }
+    rules = [rule for chain in table.chains for rule in chain.rules if "{" in rule.text]
+    found: Counted[tuple[str, str, str]] = Counted()
+    for expression, _, braces in (m.groups() for r in rules for m in _BRACES.finditer(r.text)):
+        found[*_kind_of(expression), braces] += 1
+    names: dict[tuple[str, str, str], str] = {}
+    for (stem, type, braces), many in found.items():
+        if many > _MOST_REPEATED:
+            name = f"{stem}_{1 + sum(one[0] == stem for one in names)}"
+            names[stem, type, braces] = name
+            span = next(rule.span for rule in rules if braces in rule.text)
+            elements = tuple(braces.strip("{} ").split(", "))
+            ranges = any("-" in one or "/" in one for one in elements)
+            table.values.append(ValueSet(name, type, elements, span, interval=ranges))
     if not names:
         return
-    for text, name in names.items():
-        span = next(rule.span for rule in rules if text in rule.text)
-        elements = tuple(text.strip("{} ").split(", "))
-        table.values.append(ValueSet(name, "inet_proto", elements, span))
+
+    def named(match: re.Match[str]) -> str:
+        expression, other, braces = match.groups()
+        name = names.get((*_kind_of(expression), braces))
+        return match[0] if name is None else f"{expression}{other or ''} @{name}"
+
     for chain in table.chains:
         chain.rules[:] = [
-            replace(
-                rule, text=_PROTOCOLS.sub(lambda m: f"meta l4proto {_named(m, names)}", rule.text)
-            )
+            replace(rule, text=_BRACES.sub(named, rule.text)) if "{" in rule.text else rule
             for rule in chain.rules
         ]
 
 
-def _named(found: re.Match[str], names: Mapping[str, str]) -> str:
-    return f"@{names[found[1]]}" if found[1] in names else found[1]
+def _kind_of(expression: str) -> tuple[str, str]:
+    """What a set of an expression's values is called, and its type."""
+    if expression.endswith("port"):
+        return "ports", "inet_service"
+    if expression.endswith("addr"):
+        return "addresses", "ipv6_addr" if expression.startswith("ip6 ") else "ipv4_addr"
+    return "protocols", "inet_proto"
 
 
 class _Lowering:
@@ -203,8 +256,10 @@ class _Lowering:
         findings: Findings,
         kept: Kept,
         capabilities: Capabilities,
+        optimisations: Collection[str],
     ) -> None:
         self.policy = simplified.policy
+        self._optimisations = optimisations
         self.whole, self.fragments = simplified.whole, simplified.fragments
         self.variants = simplified.variants
         self._reassembled = simplified.reassembled
@@ -221,8 +276,11 @@ class _Lowering:
         updating = f"{self.prefix}update_sets" if self._updates else ""
         self.handing = Handing(self.policy, kept, updating=updating)
         self._outward: dict[str, Tunnel] = {}
+        self._stay: dict[str, int] = {}  # where connections' ways stand in their marks
         self._inward: Tunnel | None = None
         self._tunnels(kept, capabilities)
+        if self.policy.overlay is not None:
+            table.overlays.append(self.policy.overlay)
         self._counters()
         self._hooks()
         if self.policy.in_python:
@@ -307,6 +365,10 @@ class _Lowering:
             chain = self._chain("interest", span)
             for base in bases:
                 self._rule(base, self._goto("interest"), span)
+        overlay = self.policy.overlay
+        if overlay is not None and overlay.destinations:
+            self._watched("back", overlay)
+            self._rule(chain, self._watching("back", overlay), overlay.span)
         if self._inward is not None:
             self._out_of_tunnel(chain, self._inward)
         if self.table.family == "netdev":
@@ -403,23 +465,34 @@ class _Lowering:
         self._rule(chain, mapping, span)
 
     def _rules(self, chain: Chain, draw: Draw, facts: Facts) -> None:
+        asked = list(takewhile(lambda rule: rule.condition is not None, draw.rules))
+        last = draw.rules[len(asked)] if len(asked) < len(draw.rules) else None
+        final = self._unclassified if last is None else self._goto(f"class_{last.name}")
+        steps = dispatch(asked, facts, self._optimisations)
+        self._tables_of_classes().steps(chain, steps, facts, final)
+        if last is not None:
+            self._rule(chain, final, last.span, last.name)
+        elif final != "return":
+            logged = (*self.policy.counts, *self.policy.notes, *self.policy.updates)
+            self._rule(chain, final, logged[0].span)
+
+    def _tables_of_classes(self) -> Dispatching:
+        return Dispatching(
+            self.table, self.prefix, self.names, self._further, self._number, self._rule,
+            self._emit_with,
+        )  # fmt: skip
+
+    def _emit_with(
+        self,
+        chain: Chain,
+        condition: ir.Condition,
+        target: str,
+        fallback: str,
+        label: str,
+        facts: Facts,
+    ) -> None:
         outside, self.facts = self.facts, facts
-        for index, rule in enumerate(draw.rules):
-            target, label = self._goto(f"class_{rule.name}"), rule.name
-            if rule.condition is None:
-                self._rule(chain, target, rule.span, label)
-                break
-            following = draw.rules[index + 1 : index + 2]
-            fallback = ""
-            if not following:
-                fallback = self._unclassified
-            elif following[0].condition is None:
-                fallback = self._goto(f"class_{following[0].name}")
-            self._emit(chain, rule.condition, target, fallback, label)
-        else:
-            if self._unclassified != "return":
-                asked = (*self.policy.counts, *self.policy.notes, *self.policy.updates)
-                self._rule(chain, self._unclassified, asked[0].span)
+        self._emit(chain, condition, target, fallback, label)
         self.facts = outside
 
     def _emit(
@@ -441,7 +514,7 @@ class _Lowering:
         # What needs the fallback comes last: before it, others may still hold.
         alternatives = disjuncts(condition)
         if len(alternatives) > 1:
-            alternatives = tuple(sorted(alternatives, key=lambda t: not _positive(t)))
+            alternatives = tuple(sorted(alternatives, key=lambda t: not is_positive(t)))
         for index, term in enumerate(alternatives):
             last = index == len(alternatives) - 1
             self._emit_conjunction(chain, term, target, fallback if last else "", label)
@@ -451,7 +524,7 @@ class _Lowering:
     ) -> None:
         terms = conjuncts(condition)
         positive: list[Leaf] = []
-        negative: list[Leaf] = []
+        negative: list[Asked] = []
         choices: list[ir.Or] = []
         for term in terms:
             match term:
@@ -479,7 +552,7 @@ class _Lowering:
             self._exclude(chain, negative, fallback, label)
             self._match(chain, positive, target, condition.span, label)
 
-    def _exclude(self, chain: Chain, leaves: Sequence[Leaf], verdict: str, label: str) -> None:
+    def _exclude(self, chain: Chain, leaves: Sequence[Asked], verdict: str, label: str) -> None:
         for leaf in leaves:
             self._match(chain, [leaf], verdict, leaf.span, label)
 
@@ -514,14 +587,23 @@ class _Lowering:
         names = (stem, *(f"{stem}_{number}" for number in range(2, len(taken) + 3)))
         return next(label for label in names if label not in taken)
 
+    @cached_property
+    def _overs(self) -> list[ir.Over]:
+        """What is asked of flows, in order."""
+        return [
+            leaf
+            for variant in self.variants
+            for asked in (*variant.rules, *variant.updates)
+            for leaf in ir.leaves(asked.condition)
+            if isinstance(leaf, ir.Over)
+        ]
+
     def _asked(self, flow: ir.Flow) -> dict[str, list[tuple[int, Span]]]:
         """For each attribute, the thresholds (number, place) that are asked of a flow, sorted."""
         found: dict[tuple[str, int], Span] = {}
-        for variant in self.variants:
-            for asked in (*variant.rules, *variant.updates):
-                for leaf in ir.leaves(asked.condition):
-                    if isinstance(leaf, ir.Over) and leaf.flow is flow:
-                        found.setdefault((leaf.attribute, leaf.threshold), leaf.span)
+        for leaf in self._overs:
+            if leaf.flow is flow:
+                found.setdefault((leaf.attribute, leaf.threshold), leaf.span)
         by_attribute: dict[str, list[tuple[int, Span]]] = {}
         for attribute, threshold in sorted(found):
             place = (threshold, found[attribute, threshold])
@@ -766,6 +848,11 @@ class _Lowering:
     def _act(self, chain: Chain, steps: ir.Steps, start: int, span: Span, name: str) -> None:
         """The actions from one on: what nftables can say, then what it hands over to Python."""
         begin = ir.python_part(steps, start)
+        last = steps[-1] if steps else None
+        if isinstance(last, ir.Step) and isinstance(last.action, RouteBy):
+            self._steps(chain, steps[start:-1], name)
+            self._route(chain, last, last.action, name)
+            return
         self._steps(chain, steps[start:begin], name)
         if begin < len(steps):
             step = steps[begin]
@@ -786,6 +873,94 @@ class _Lowering:
         # that just ends would return into it.
         if not ir.verdict(steps):
             self._end(chain, ("accept",), steps[-1].span if steps else span, name)
+
+    def _route(self, chain: Chain, step: ir.Step, action: RouteBy, name: str) -> None:
+        """To the rules of the chosen neighbour; where none is chosen, packets go directly."""
+        overlay = next(one for one in self.policy.routes if one.name == action.overlay)
+        map = f"{self.prefix}{overlay.chosen}"
+        # What came out of a tunnel, and the runtime's probes, have a number in the mark.
+        free = f"meta mark & {marks.TUNNEL_BITS:#010x} == 0"
+        known = any(one.name == map for one in self.table.sets)
+        if overlay.destinations:  # where all are learned, none are counted
+            if not known:
+                self._watched("sent", overlay)
+            self._rule(chain, self._watching("sent", overlay), step.span, name)
+        stays = self._staying(overlay)
+        if stays:
+            self._rule(
+                chain, f"{free} {stays} vmap @{self.prefix}{overlay.staying}", step.span, name
+            )
+        self._rule(chain, f"{free} ip daddr vmap @{map}", step.span, name)
+        self._end(chain, step.action.ending, step.span, name)
+        if known:
+            return
+        self.table.sets.append(
+            FlowSet(
+                name=map, policy=self.policy.name, flow="", role="route", family=IPV4,
+                key=("daddr",), types=("ipv4_addr",), expression="ipv4_addr : verdict",
+                size=2 * overlays.MOST_DESTINATIONS, timeout=None, span=step.span,
+            )
+        )  # fmt: skip
+        if stays:
+            self.table.sets.append(
+                FlowSet(
+                    name=f"{self.prefix}{overlay.staying}", policy=self.policy.name, flow="",
+                    role="stay", family=0, key=("mark",), types=("mark",),
+                    expression="mark : verdict", size=marks.MOST_TUNNELS, timeout=None, threshold=self._stay[overlay.name],
+                    span=step.span,
+                )
+            )  # fmt: skip
+        for number, neighbor in enumerate(overlay.neighbors, 1):
+            by = overlays.via(overlay.name, neighbor.name)
+            one = self._chain(f"via_{neighbor.name}", neighbor.span)
+            one.role = "via"
+            label = f"via {neighbor.name}"
+            if stays:
+                value = number << self._stay[overlay.name]
+                others = marks.ALL ^ overlays.STAY_BITS << self._stay[overlay.name]
+                keep = f"ct mark set ct mark & {others:#010x} | {value:#010x}"
+                self._rule(one, f"{stays} != {value:#010x} {keep}", neighbor.span, label)
+            counter = self._counter(f"via_{neighbor.name}", "via", neighbor.name, neighbor.span)
+            self._rule(one, counter, neighbor.span, label)
+            self._act(one, self.policy.process[by], 0, neighbor.span, by)
+
+    def _staying(self, overlay: overlays.Overlay) -> str:
+        """The bits of a connection's mark that say by which neighbour it goes; "" if it may move."""
+        if not overlay.sticky:
+            return ""
+        if overlay.name not in self._stay:
+            place = self.handing.kept.take(overlays.STAY_BITS.bit_length())
+            if place is None:
+                self.findings.error(
+                    "E062", "the connection's mark has no room for one more sticky overlay",
+                    overlay.span, help="leave `sticky` out",
+                )  # fmt: skip
+            self._stay[overlay.name] = place or 0
+        return f"ct mark & {overlays.STAY_BITS << self._stay[overlay.name]:#010x}"
+
+    def _watching(self, what: str, overlay: overlays.Overlay) -> str:
+        """The rule that counts an overlay's TCP packets, "sent" or come "back", by egress."""
+        field = "daddr" if what == "sent" else "saddr"
+        return f"meta l4proto tcp ip {field} vmap @{self.prefix}{what}_{overlay.name}"
+
+    def _watched(self, what: str, overlay: overlays.Overlay) -> None:
+        """The counters of those packets: a path that answers probes may lose data."""
+        elements, verdicts = [], []
+        for egress in overlay.egresses:
+            name = overlays.counted(what, egress)
+            counting = self._chain(name, overlay.span)
+            self._rule(counting, self._counter(name, what, name, overlay.span), overlay.span)
+            for prefix in (
+                p for d in overlay.destinations if d.egress == egress for p in d.prefixes
+            ):
+                elements.append(values.prefix_text(IPV4, *overlays.ends(prefix)))
+                verdicts.append(f"jump {counting.name}")
+        self.table.values.append(
+            ValueSet(
+                f"{self.prefix}{what}_{overlay.name}", "ipv4_addr", tuple(elements), overlay.span,
+                verdicts=tuple(verdicts),
+            )
+        )  # fmt: skip
 
     def _into_tunnel(self, chain: Chain, span: Span, name: str) -> None:
         """The class's packets go into a tunnel of the kernel's own."""
@@ -808,7 +983,7 @@ class _Lowering:
     def _tunnels(self, kept: Kept, capabilities: Capabilities) -> None:
         """Find which classes the kernel's tunnels can serve, as far as there are numbers."""
         policy = self.policy
-        for name in policy.classes:
+        for name in (*policy.classes, *policy.ways):
             span = next((s.span for s in policy.process.get(name, ()) if s.in_python), policy.span)
             way, end = outward(policy, name), inward(policy, name)
             if way is not None and "BPF on routes" in capabilities.features:
@@ -1008,18 +1183,22 @@ class _Lowering:
         for leaf in (leaf for c in self.policy.conditions for leaf in ir.leaves(c)):
             if not isinstance(leaf, ir.Member):
                 continue
-            for family in FAMILIES if leaf.field.by_family else (ANY_FAMILY,):
+            families = FAMILIES if leaf.set.known is None else (IPV4,)
+            for family in families if leaf.field.by_family else (ANY_FAMILY,):
                 matched = key_match([leaf.field], family, self.facts, leaf.span)
                 if matched is not None:
                     self._learned_set(leaf.set, leaf.field, family, matched[1])
 
     def _learned_set(self, one: ir.LearnedSet, field: Field, family: int, key: str) -> str:
         name = named_set(one, family)
-        timeout = FOR_EVER if one.timeout is None else one.timeout
+        timeout: int | None = FOR_EVER if one.timeout is None else one.timeout
+        role = "learned"
+        if one.known is not None:
+            role, timeout, key = "networks", None, field.key_type(family)
         if all(s.name != name for s in self.table.sets):
             self.table.sets.append(
                 FlowSet(
-                    name=name, policy="", flow=one.name, role="learned", family=family,
+                    name=name, policy="", flow=one.name, role=role, family=family,
                     key=(field.name,), types=(field.key_type(family),), expression=key,
                     size=one.size, timeout=timeout, span=one.span,
                 )
@@ -1048,36 +1227,36 @@ def _as_protocol(found: re.Match[str]) -> str:
 
 
 def _reach(table: Table, findings: Findings) -> None:
-    """Drop chains that nothing leads to; refuse what the kernel would find too deep."""
+    """Drop chains that nothing leads to, and values that no rule asks; refuse what is too deep."""
     follow = {chain.name: chain for chain in table.chains}
+    leading = {one.name: {verdict.split()[1] for verdict in one.verdicts} for one in table.values}
+    asked: set[str] = set()
     level = table.base_chains
     found = {chain.name for chain in level}
     depth = 0
     while level:
-        reached = {
-            word
+        text = "\n".join(
+            rule.text if "log prefix" not in rule.text else _QUOTED.sub("", rule.text)
             for chain in level
             for rule in chain.rules
-            if "goto " in rule.text or "jump " in rule.text
-            for word in _QUOTED.sub("", rule.text).replace(",", " ").split()
-            if word in follow
-        }
-        found |= reached
-        level = [follow[name] for name in sorted(reached)]
+        )
+        reached = set(_TARGET.findall(text))
+        here = set(_ASKED.findall(text))
+        asked |= here
+        for name in here & leading.keys():
+            reached |= leading[name]
+        if "vmap @" in text and "route_" in text:
+            reached |= {chain.name for chain in table.chains if chain.role == "via"}
+        level = [follow[name] for name in sorted(reached) if name in follow]
+        found |= {chain.name for chain in level}
         depth += 1
         if depth == DEEPEST_CHAIN and level:
             findings.error(
-                "E041",
+                _TOO_DEEP,
                 f"a condition nests too deep for the kernel, which follows {DEEPEST_CHAIN} jumps",
                 level[0].span,
                 help="split it into several `CLASS when …` lines: they are or-ed",
             )
             return
     table.chains[:] = [chain for chain in table.chains if chain.name in found]
-
-
-def _positive(condition: ir.Condition) -> bool:
-    """Is the condition nothing but tests that must hold?"""
-    return not is_false(condition) and all(
-        isinstance(term, ir.Test | ir.Member | ir.Bits | ir.Over) for term in conjuncts(condition)
-    )
+    table.values[:] = [one for one in table.values if one.name in asked]

@@ -9,6 +9,7 @@ that has ports, an interface name only where there is an interface.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 from itmlang import ir, values
 from itmlang.fields import ANY_FAMILY, EGRESS, FIELDS, INGRESS, Field, hook_kind
@@ -17,7 +18,21 @@ from itmlang.simplify import Facts, protocols_of
 from itmlang.source import Span
 from itmlang.values import IPV4, Names, Ranges, ValueSet
 
-Leaf = ir.Test | ir.Member | ir.Bits | ir.Over
+
+@dataclass(frozen=True)
+class Lookup:
+    """The packet has the field, and it is looked up: `text` is `@SET` or `vmap @MAP`.
+
+    The lowest `bits` of the value do not count.
+    """
+
+    field: Field
+    text: str
+    bits: int = 0
+
+
+Asked = ir.Test | ir.Member | ir.Bits | ir.Over
+Leaf = Asked | Lookup
 
 # Types of which nftables has a set with intervals that any field of the type can ask.
 _SET_TYPES = (values.ADDRESS, values.PORT, values.INTERFACE, values.PROTOCOL)
@@ -196,25 +211,36 @@ def _fields(term: Leaf) -> tuple[Field, ...]:
 def _guard(terms: Sequence[Leaf], facts: Facts) -> tuple[Context, list[str], list[Leaf]]:
     """The context of a rule, the test of the protocol that it needs, and its other terms."""
     known, asked = facts.protocols, False
+    spelled = said = False
+    limits: list[Ranges] = []
     rest: list[Leaf] = []
     for term in terms:
         if isinstance(term, ir.Test) and term.field is FIELDS["protocol"]:
             assert isinstance(term.values, Ranges)
-            known, asked = known.intersection(term.values), True
-        else:
-            rest.append(term)
+            known, asked = _both(known, term.values), True
+            continue
+        rest.append(term)
+        for one in _fields(term):
+            spelled |= one.by_protocol
+            said |= one.says_protocol
+            if one.protocols is not None:
+                limits.append(protocols_of(one))
     possible = known
-    for protocols in (protocols_of(f) for t in rest for f in _fields(t) if f.protocols is not None):
-        possible = possible.intersection(protocols)
+    for protocols in limits:
+        possible = _both(possible, protocols)
     context = Context(facts, possible)
     if possible.empty or (not asked and possible == facts.protocols):
         return context, [], rest
-    spelled = any(f.by_protocol for t in rest for f in _fields(t))
-    said = any(f.says_protocol for t in rest for f in _fields(t))
     if (spelled and context.header != "th") or said:
         return context, [], rest  # nft puts `meta l4proto` before `tcp sport` by itself
     expression = FIELDS["protocol"].nft[ANY_FAMILY]
     return context, [expression + " " + _set(FIELDS["protocol"], ANY_FAMILY, possible)], rest
+
+
+@cache
+def _both(one: Ranges, other: Ranges) -> Ranges:
+    """The protocols in both sets, of which there are few."""
+    return one.intersection(other)
 
 
 def _expression(field: Field, family: int, context: Context) -> str:
@@ -245,11 +271,24 @@ def _leaf(term: Leaf, family: int, context: Context, names: FlowNames) -> str | 
             present = "" if context.facts.always_has(term.field) else term.field.present
             expression = _expression(term.field, family, context)
             return f"{present} {expression} @{named_set(term.set, family)}".strip()
+        case Lookup():
+            present = "" if context.facts.always_has(term.field) else term.field.present
+            mask = _mask(term.field, family, term.bits) if term.bits else ""
+            expression = _expression(term.field, family, context)
+            return f"{present} {expression}{mask} {term.text}".strip()
         case ir.Bits():
             expression = _expression(term.field, family, context)
             return f"{expression} & {term.field.nft_value(term.mask)} != 0"
         case ir.Test():
             return _test(term, family, context)
+
+
+def _mask(field: Field, family: int, bits: int) -> str:
+    """What clears the lowest bits of a value."""
+    if field.type.kind == "address":
+        mask = values.ADDRESS_MAX[family] >> bits << bits
+        return f" & {values.address_text(family, mask)}"
+    return f" & {field.type.limit >> bits << bits:#x}"
 
 
 def _test(test: ir.Test, family: int, context: Context) -> str | None:
@@ -326,21 +365,24 @@ def _written(field: Field, found: Ranges) -> int:
     return len(found.spans)
 
 
-def _elements(field: Field, family: int, found: Ranges) -> str:
-    def element(lo: int, hi: int) -> str:
-        if field.type.kind == "address":
-            return values.prefix_text(family, lo, hi)
-        if lo == hi:
-            return field.nft_value(lo)
-        # Names do not stand in ranges, nft reads the hyphen as part of them.
-        low, high = (format(n, field.nft_format) for n in (lo, hi))
-        return f"{low}-{high}"
+def element(field: Field, family: int, low: int | str, high: int | str) -> str:
+    """Values of a field as elements of a set are written: one, or those from one to another."""
+    if isinstance(low, str) or isinstance(high, str):
+        return f'"{low}"'
+    if field.type.kind == "address":
+        return values.prefix_text(family, low, high)
+    if low == high:
+        return field.nft_value(low)
+    # Names do not stand in ranges, nft reads the hyphen as part of them.
+    return f"{low:{field.nft_format}}-{high:{field.nft_format}}"
 
+
+def _elements(field: Field, family: int, found: Ranges) -> str:
     spans = found.spans
     if len(spans) != _written(field, found):
         # nft 1.0.6 crashes when it lists a set of intervals of flags.
         spans = tuple((n, n) for lo, hi in spans for n in range(lo, hi + 1))
-    elements = [element(lo, hi) for lo, hi in spans]
+    elements = [element(field, family, lo, hi) for lo, hi in spans]
     if elements and field.type is values.FLAGS and "-" not in elements[0] and len(elements) == 1:
         return "== " + elements[0]  # a flag alone would ask for the bit
     return elements[0] if len(elements) == 1 else "{ " + ", ".join(elements) + " }"

@@ -10,6 +10,7 @@ from typing import Final
 
 from itmlang.control import Controller, Timer
 from itmlang.links import Link
+from itmlang.overlays import Overlay
 from itmlang.source import Span
 
 TABLE_PREFIX: Final = "itm_"
@@ -43,7 +44,8 @@ class BaseHook:
 class Chain:
     """A chain. `role` is "" or, of a policy with packets for Python, "queue" (it hands packets
     to the queue `number`), "settle" (the base chain where they come back) or "beat"; or
-    "tunnel" (it steers packets of the kernel's tunnel `number`), or "control" (`variants`)."""
+    "tunnel" (it steers packets of the kernel's tunnel `number`), "via" (it has those that go by
+    a neighbour of an overlay), or "control" (`variants`)."""
 
     name: str
     span: Span
@@ -131,7 +133,8 @@ class Counter:
     """A named counter of a policy.
 
     `kind` is "class", "uncounted" (a flow's packets that found no room), "unlearned"
-    (a learned set's), "sampled", "recorded" or "unserved" (meant for Python).
+    (a learned set's), "sampled", "recorded", "via" (went by a neighbour), "sent" and "back" (an
+    overlay's TCP packets, by egress) or "unserved" (meant for Python).
     """
 
     name: str
@@ -150,7 +153,11 @@ class FlowSet:
     "young" (those not older than an age), "bucket" and "recent" (of a rate, and the
     flows that went over it within a second), "connections" and "busy" (of a flow's
     connections, and the flows with too many), "limit" (the buckets of a limit for each
-    flow), "control" (a map to the rules in force, see `variants`), "serving" (whether the runtime is alive) or "learned" (a learned set's elements, `flow` is the set's name).
+    flow), "control" (a map to the rules in force, see `variants`), "route" (a map from networks to
+    the rules of the chosen neighbour), "stay" (one from marks of connections to those of a
+    neighbour that works), "serving" (whether the runtime is alive) "learned" (a learned set's elements,
+    `flow` is the set's name) or "networks" (those that an overlay has discovered).
+    Of "stay", `threshold` is where the neighbour's number stands in a connection's mark.
     `statement` is what new elements hold; `attribute` and `threshold` are those of
     meter, over and young.
     `timeout` is in milliseconds; None for none, and `timed` tells whether elements
@@ -173,15 +180,47 @@ class FlowSet:
     attribute: str = ""
     threshold: int = 0
 
+    @property
+    def written(self) -> bool:
+        """Does the runtime alone write it? No packet adds to it."""
+        return self.is_map or self.role == "networks"
+
+    @property
+    def is_map(self) -> bool:
+        """Is it a map to rules, which the runtime writes?"""
+        return self.role in ("control", "route", "stay")
+
 
 @dataclass(frozen=True)
 class ValueSet:
-    """A named set with its elements as nftables writes them; `type` is nftables' own."""
+    """A named set with its elements as nftables writes them; `type` is nftables' own.
+
+    With `verdicts`, one for each element, it is a map to them. `spans` are the elements' own
+    places, none where they stand together. `interval` tells whether some are ranges.
+    """
 
     name: str
     type: str
     elements: tuple[str, ...]
     span: Span
+    interval: bool = True
+    verdicts: tuple[str, ...] = ()
+    spans: tuple[Span, ...] = ()
+
+    @property
+    def entries(self) -> tuple[tuple[str, ...], ...]:
+        """The elements, each with its verdict if it has one."""
+        return tuple(zip(self.elements, self.verdicts or ("",) * len(self.elements), strict=True))
+
+    @property
+    def kind(self) -> str:
+        """What nftables calls it."""
+        return "map" if self.verdicts else "set"
+
+    @property
+    def types(self) -> str:
+        """Its type as it is declared."""
+        return f"{self.type} : verdict" if self.verdicts else self.type
 
 
 @dataclass
@@ -205,6 +244,7 @@ class Table:
     tunnels: list[Tunnel] = field(default_factory=list)
     controllers: list[Controller] = field(default_factory=list)
     timers: list[Timer] = field(default_factory=list)
+    overlays: list[Overlay] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.title = self.title or self.policies[0]

@@ -9,7 +9,7 @@ nftables runs base chains of equal priority last-registered first, so tables are
 printed in reverse: the file's first policy is registered last and runs first.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -79,7 +79,7 @@ def print_part(
     table: Table,
     *,
     counters: Iterable[Counter] = (),
-    values: Iterable[ValueSet] = (),
+    values: Sequence[ValueSet] = (),
     sets: Iterable[FlowSet] = (),
     chains: Iterable[Chain] = (),
 ) -> Text:
@@ -95,6 +95,7 @@ def print_part(
     for chain in chains:
         _chain(printer, chain)
     printer.line("}")
+    _entries(printer, table, values)
     return printer.done()
 
 
@@ -116,8 +117,10 @@ def _table(printer: _Printer, table: Table) -> None:
     printer.line(f"table {table.path}", table.span)
     printer.line(f"flush table {table.path}", table.span)
     for value_set in table.values:
+        if value_set.verdicts:
+            continue
         # Emptied before it is filled again, or elements that left the file would stay.
-        kind = f"{{ type {value_set.type}; flags interval; }}"
+        kind = f"{{ type {value_set.type};{' flags interval;' if value_set.interval else ''} }}"
         printer.line(f"add set {table.path} {value_set.name} {kind}", value_set.span)
         printer.line(f"flush set {table.path} {value_set.name}", value_set.span)
     printer.line()
@@ -131,6 +134,24 @@ def _table(printer: _Printer, table: Table) -> None:
     for chain in _in_reverse(table):
         _chain(printer, chain)
     printer.line("}")
+    _entries(printer, table, table.values)
+
+
+def _entries(printer: _Printer, table: Table, values: Iterable[ValueSet]) -> None:
+    """The elements of maps, last of all: the chains that they lead to come first.
+
+    A map must be declared once for that: nftables 1.0.6 adds elements where it first reads of it.
+    """
+    for one in values:
+        if not one.verdicts:
+            continue
+        printer.line()
+        printer.line(f"flush map {table.path} {one.name}", one.span)
+        printer.line(f"add element {table.path} {one.name} {{", one.span)
+        places = one.spans or (one.span,) * len(one.elements)
+        for key, verdict, place in zip(one.elements, one.verdicts, places, strict=True):
+            printer.line(f"\t{key} : {verdict},", place)
+        printer.line("}", one.span)
 
 
 def _in_reverse(table: Table) -> list[Chain]:
@@ -149,10 +170,11 @@ def _counter(printer: _Printer, counter: Counter) -> None:
 
 def _value_set(printer: _Printer, value_set: ValueSet) -> None:
     span, elements = value_set.span, value_set.elements
-    printer.line(f"\tset {value_set.name} {{", span)
-    printer.line(f"\t\ttype {value_set.type}", span)
-    printer.line("\t\tflags interval", span)
-    if elements:
+    printer.line(f"\t{value_set.kind} {value_set.name} {{", span)
+    printer.line(f"\t\ttype {value_set.types}", span)
+    if value_set.interval:
+        printer.line("\t\tflags interval", span)
+    if elements and not value_set.verdicts:
         rows = [elements[n : n + IN_A_ROW] for n in range(0, len(elements), IN_A_ROW)]
         for number, row in enumerate(rows):
             begin = "elements = { " if number == 0 else "             "
@@ -164,11 +186,12 @@ def _value_set(printer: _Printer, value_set: ValueSet) -> None:
 
 def _set(printer: _Printer, flow_set: FlowSet) -> None:
     span = flow_set.span
-    if flow_set.role == "control":
-        printer.line(f"\tmap {flow_set.name} {{", span)
+    if flow_set.written:
+        printer.line(f"\t{'map' if flow_set.is_map else 'set'} {flow_set.name} {{", span)
         printer.line(f"\t\ttype {flow_set.expression}", span)
         printer.line(f"\t\tsize {flow_set.size}", span)
-        printer.line("\t\tflags timeout", span)
+        flags = "interval,timeout" if flow_set.role in ("route", "networks") else "timeout"
+        printer.line(f"\t\tflags {flags}", span)
         printer.line("\t}", span)
         printer.line()
         return

@@ -3,7 +3,7 @@
 import click
 
 from runtime.apply import Applied, apply
-from runtime.cli.files import file_argument, unit
+from runtime.cli.files import file_argument, optimise_option, unit
 from runtime.cli.output import warn
 from runtime.cli.span import seconds
 from runtime.errors import UsageError
@@ -22,6 +22,7 @@ from runtime.warden import wait
     help="Roll back after this time (60s, 5m) unless `itmc confirm` comes.",
 )
 @click.option("--wait", "waiting", is_flag=True, help="With --confirm: wait for either.")
+@optimise_option
 def command(
     file: str | None,
     dry_run: bool,
@@ -29,6 +30,7 @@ def command(
     digest: str | None,
     confirm: str | None,
     waiting: bool,
+    optimise: bool,
 ) -> None:
     """Load the policies of FILE into the kernel of this network namespace.
 
@@ -45,7 +47,7 @@ def command(
         raise UsageError("--dry-run changes nothing: there is nothing to confirm")
     known = load()
     done = apply(
-        unit(file, known),
+        unit(file, known, optimise),
         known=known,
         check=dry_run,
         digest=digest or "",

@@ -14,7 +14,14 @@ from itmlang.pipeline import Compiled
 from itmlang.place import Placement
 from itmlang.source import Span
 from itmlang.unparse import condition_text, controller_text, link_lines, timer_text
-from runtime.cli.files import capabilities, compiled, file_argument, machine_option, write
+from runtime.cli.files import (
+    capabilities,
+    compiled,
+    file_argument,
+    machine_option,
+    optimise_option,
+    write,
+)
 from runtime.cli.output import as_json, table
 from runtime.errors import UsageError
 
@@ -34,6 +41,7 @@ from runtime.errors import UsageError
 )  # fmt: skip
 @click.option("--placement", is_flag=True, help="List what runs where and why, instead.")
 @machine_option
+@optimise_option
 def command(
     file: str | None,
     output: str | None,
@@ -41,12 +49,13 @@ def command(
     queue: str | None,
     placement: bool,
     machine: str | None,
+    optimise: bool,
 ) -> None:
     """Print the nftables ruleset for FILE, commented with the policy's lines.
 
     It is the very text that `itmc apply` loads. No root needed.
     """
-    result = compiled(file, capabilities(machine), queue or "")
+    result = compiled(file, capabilities(machine), queue or "", optimise)
     if placement:
         rows = [(p.policy, p.part, _where(p), p.reason) for p in result.placements]
         table(("policy", "part", "runs in", "because"), rows)
@@ -95,6 +104,7 @@ def _json(result: Compiled) -> dict[str, Any]:
                 "values": [
                     {
                         "name": v.name,
+                        "kind": v.kind,
                         "type": v.type,
                         "elements": len(v.elements),
                         "line": v.span.line,

@@ -30,6 +30,10 @@ machine_option = click.option(
     "--for", "machine", type=click.Path(), metavar="BOX.JSON",
     help="For the machine whose `itmc doctor --json` this is: errors where it lacks something.",
 )  # fmt: skip
+optimise_option = click.option(
+    "--optimize/--no-optimize", "optimise", default=True,
+    help="Have the kernel look classes up, or ask one after the other (to compare: both mean the same).",
+)  # fmt: skip
 
 
 def reader() -> Reader:
@@ -81,7 +85,7 @@ def decoded(name: str, raw: bytes) -> Source:
     return Source(name, text.removeprefix("\ufeff").replace("\r\n", "\n"))
 
 
-def unit(name: str | None, known: State) -> Unit:
+def unit(name: str | None, known: State, optimise: bool = True) -> Unit:
     """A policy file as it is to be loaded; its warnings go to stderr.
 
     What was loaded from it already is taken as it is, if nothing changed that it was
@@ -90,18 +94,20 @@ def unit(name: str | None, known: State) -> Unit:
     source, recorder = read(name), Recorder(reader())
     key = file_key(source.name)
     loaded = known.unit(key)
-    if loaded is not None and still_holds(loaded, source, reader()):
+    if loaded is not None and still_holds(loaded, source, reader(), optimise):
         return loaded
+    from itmlang.dispatch import OPTIMISATIONS
     from itmlang.pipeline import compile
 
-    result = compile(source, recorder)
+    passes = OPTIMISATIONS if optimise else ()
+    result = compile(source, recorder, optimisations=passes)
     if any(table.tunnels for table in result.ruleset.tables):
         from runtime.capabilities import without_tunnels  # 0.2 s that most policies need not
 
         machine = without_tunnels(result.ruleset)
         if machine is not None:
             recorder = Recorder(reader())
-            result = compile(source, recorder, machine)
+            result = compile(source, recorder, machine, optimisations=passes)
     gc.freeze()  # it stays as long as the process: no need to look through it
     show(result.warnings)
     made = unit_of(result, key, recorder.reads)
@@ -116,12 +122,17 @@ def file_key(name: str) -> str:
 
 
 def compiled(
-    name: str | None, capabilities: Capabilities = EVERYTHING, queue: str = ""
+    name: str | None,
+    capabilities: Capabilities = EVERYTHING,
+    queue: str = "",
+    optimise: bool = True,
 ) -> "Compiled":
     """A policy file through all passes; its warnings go to stderr."""
+    from itmlang.dispatch import OPTIMISATIONS
     from itmlang.pipeline import compile
 
-    result = compile(read(name), reader(), capabilities, queue=queue)
+    passes = OPTIMISATIONS if optimise else ()
+    result = compile(read(name), reader(), capabilities, queue=queue, optimisations=passes)
     gc.freeze()  # it stays as long as the process: no need to look through it
     show(result.warnings)
     return result

@@ -27,6 +27,7 @@ COMMANDS: Final = {
     "list": "Show which policies are loaded, in the order they run, and the links.",
     "status": "Show what runs: packets and bytes of each class, flows, drift, controllers.",
     "top": "Show what runs, live: rates, drops, what waits.",
+    "overlay": "Draw the ways of an overlay, with their round trips and the choice.",
     "flows": "Show the flows that a policy has learned, largest first.",
     "set": "Change a parameter of a running policy.",
     "enable": "Switch policies and links on again.",

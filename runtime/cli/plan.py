@@ -10,14 +10,22 @@ import click
 
 from runtime.apply import planned
 from runtime.cli.exits import CHANGES
-from runtime.cli.files import file_argument, unit
+from runtime.cli.files import file_argument, optimise_option, unit
 from runtime.cli.output import as_json, say
 from runtime.plan import Change, Plan
 from runtime.store import load
 from runtime.units import Unit
 
 _MOST_SHOWN: Final = 12  # changes of one kind of a policy, without --rules
-_KINDS: Final = ("table", "chain", "set", "counter", "tunnel", "link")  # and what others made
+_KINDS: Final = (
+    "table",
+    "chain",
+    "set",
+    "map",
+    "counter",
+    "tunnel",
+    "link",
+)  # and what others made
 _MOST_LINES: Final = 60  # of a diff
 _SIGNS: Final = {"create": "+", "delete": "-", "replace": "~", "migrate": ">", "keep": "="}
 _COLOURS: Final = {"+": "green", "-": "red", "~": "yellow", ">": "cyan"}
@@ -28,7 +36,8 @@ _COLOURS: Final = {"+": "green", "-": "red", "~": "yellow", ">": "cyan"}
 @click.option("--rules", is_flag=True, help="Show each object and the rules that come and go.")
 @click.option("--json", "in_json", is_flag=True, help="As JSON, all objects.")
 @click.option("--exit-code", "tell", is_flag=True, help="Exit with 4 if there are changes.")
-def command(file: str | None, rules: bool, in_json: bool, tell: bool) -> None:
+@optimise_option
+def command(file: str | None, rules: bool, in_json: bool, tell: bool, optimise: bool) -> None:
     """Show what `itmc apply FILE` would change, object by object, and change nothing.
 
     It is held against what the kernel has now. `+` comes, `-` goes, `~` is replaced,
@@ -36,7 +45,7 @@ def command(file: str | None, rules: bool, in_json: bool, tell: bool) -> None:
     `itmc apply --digest D` does it only if the plan is still this one.
     """
     state = load()
-    wanted = unit(file, state)
+    wanted = unit(file, state, optimise)
     plan, _ = planned(wanted, state)
     if in_json:
         as_json(_json(plan))

@@ -14,7 +14,10 @@ from runtime.cli.words import (
     controllers,
     decided,
     link_line,
+    overlay_line,
+    paths,
     policy_line,
+    routed,
     sampled,
     timers,
     uncalled,
@@ -139,6 +142,14 @@ def _show(policy: PolicyStatus) -> None:
     if policy.learned:
         sets = [(f"@{s.name}", s.entries, s.size, s.unlearned) for s in policy.learned]
         table(("learned set", "entries", "max", "additions without room"), sets)
+    if policy.ways:
+        table(("by", "packets", "bytes"), [(w.name, w.packets, w.bytes) for w in policy.ways])
+    if policy.overlay is not None:
+        click.echo(f"  {overlay_line(policy.overlay)}")
+        if policy.overlay.destinations:
+            table(*paths(policy.overlay))
+        for line in routed(policy.overlay):
+            click.echo(f"  {line}")
     if policy.control:
         table(*controllers(policy))
         for line in decided(policy):
@@ -154,10 +165,10 @@ def _show(policy: PolicyStatus) -> None:
     click.echo()
 
 
-def _show_drift(changed: Sequence[str]) -> None:
+def _show_drift(changed: Sequence[str], also: str = "") -> None:
     told = "; ".join(changed[:_MOST_TOLD]) + ("; …" if len(changed) > _MOST_TOLD else "")
     click.echo(f"  changed by something else: {told}")
-    click.echo("  `itmc apply` puts it right")
+    click.echo(f"  `itmc apply` puts it right{also}")
 
 
 def _show_link(link: LinkStatus) -> None:
@@ -165,7 +176,7 @@ def _show_link(link: LinkStatus) -> None:
     if absence(link):
         click.echo(f"  {absence(link)}")
     elif link.drift:
-        _show_drift(link.changed)
+        _show_drift(link.changed, "; with `--force`, also where a root qdisc is somebody else's")
     if link.state == "on":
         rows = [
             (c.name, c.priority, c.packets, c.bytes, c.drops, c.waiting, c.waiting_bytes)
@@ -198,7 +209,7 @@ def _decision(
     one: Mapping[str, Any], controllers: Mapping[str, Controller]
 ) -> tuple[str, str, str, str, str, str, str]:
     written, value, unit = one.get("written", "-"), one.get("value"), one.get("unit", "")
-    shown = "-" if value is None else f"{value:g}"
+    shown = "-" if value is None else value if isinstance(value, str) else f"{value:g}"
     if value is not None and written in controllers:
         shown = controllers[written].shown(value)
     because = one.get("reason", "") + (" (dry run)" if one.get("dry") else "")

@@ -27,7 +27,10 @@ from runtime.cli.words import (
     controllers,
     decided,
     link_line,
+    overlay_line,
+    paths,
     policy_line,
+    routed,
     timers,
     uncalled,
 )
@@ -93,6 +96,9 @@ def rates(before: Glance, now: Glance) -> Rates:
 def _counted(one: Glance) -> dict[tuple[str, str], tuple[int, int, int]]:
     """Packets, bytes, drops."""
     found = {(p.name, c.name): (c.packets, c.bytes, 0) for p in one.policies for c in p.classes}
+    found |= {
+        (p.name, f"by {w.name}"): (w.packets, w.bytes, 0) for p in one.policies for w in p.ways
+    }
     found |= {
         (p.name, ""): (p.python.handled, 0, p.python.dropped)
         for p in one.policies
@@ -211,6 +217,18 @@ def _policy(policy: PolicyStatus, passed: Rates) -> Iterator["RenderableType"]:
         yield Text(told)
         if policy.python.trouble:
             yield Text(f"  not served: {policy.python.trouble}", "yellow")
+    if policy.ways:
+        rows = [
+            (w.name, *_rate(passed.get((policy.name, f"by {w.name}"))), w.packets)
+            for w in policy.ways
+        ]
+        yield laid_out(("by", "packets/s", "rate", "packets"), rows)
+    if policy.overlay is not None:
+        yield Text(f"  {overlay_line(policy.overlay)}")
+        if policy.overlay.destinations:
+            yield laid_out(*paths(policy.overlay))
+        for line in routed(policy.overlay):
+            yield Text(f"  {line}", "yellow" if policy.overlay.trouble else "")
     if policy.control:
         yield laid_out(*controllers(policy))
         for line, controller in zip(decided(policy), policy.control, strict=True):

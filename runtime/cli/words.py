@@ -1,10 +1,11 @@
-"""What `status`, `list` and `top` say alike: of policies, links, controllers and timers."""
+"""What `status`, `list` and `top` say alike: of policies, links, controllers, timers and overlays."""
 
 from collections.abc import Sequence
 
 from itmlang.control import measured
 from itmlang.links import rate_text
 from itmlang.values import duration_text
+from runtime.overlay.status import OverlayStatus
 from runtime.status import LinkStatus, PolicyStatus
 
 # Head and rows of a table.
@@ -80,6 +81,52 @@ def decided(policy: PolicyStatus) -> list[str]:
 def sampled(value: float | None, unit: str) -> str:
     """A sample or set-point, "-" for none."""
     return "-" if value is None else measured(value, unit)
+
+
+def overlay_line(one: OverlayStatus) -> str:
+    """An overlay: this member, its neighbours, its probes."""
+    near = ", ".join(f"{name} {address}" for name, address in one.neighbors.items()) or "none"
+    return f"overlay member {one.address}, neighbours: {near}; a probe every {one.period:g} s"
+
+
+def paths(one: OverlayStatus) -> Rows:
+    """The ways to each destination, and which is chosen."""
+
+    def milliseconds(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1f} ms"
+
+    rows: list[Sequence[object]] = []
+    for to in one.destinations:
+        for number, path in enumerate(to.paths):
+            networks = ", ".join((*to.networks, *to.learned))
+            rows.append(
+                (
+                    to.egress if number == 0 else "", networks if number == 0 else "", path.name,
+                    "chosen" if path.chosen else "", path.state, milliseconds(path.rtt),
+                    "-" if path.loss is None else f"{path.loss:.0%}",
+                    "-" if path.answered is None else f"{path.answered:.1f} s ago",
+                )
+            )  # fmt: skip
+    return ("to", "networks", "by", "", "state", "round trip", "loss", "answered"), rows
+
+
+def routed(one: OverlayStatus) -> list[str]:
+    """When and why choices moved, what probes were refused, and what is wrong."""
+    found = [f"it does not probe: {one.trouble}"] if one.trouble else []
+    for to in one.destinations:
+        if to.moved is not None:
+            times = "once" if to.moves == 1 else f"{to.moves} times"
+            found.append(
+                f"{to.egress} goes {by(to.choice)} for {to.moved:.0f} s ({times} moved): {to.why}"
+            )
+    refused = ("forged", "replayed", "truncated", "malformed", "limited")
+    told = ", ".join(f"{one.counters[k]} {k}" for k in refused if one.counters.get(k))
+    return found + ([f"datagrams not taken: {told}"] if told else [])
+
+
+def by(choice: str) -> str:
+    """`directly`, or by which neighbour."""
+    return "directly" if choice == "direct" else f"by {choice}"
 
 
 def timers(policy: PolicyStatus) -> Rows:

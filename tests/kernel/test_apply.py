@@ -314,7 +314,7 @@ def test_an_unusable_state_folder_changes_nothing(host, tmp_path, monkeypatch):
     assert nft.tables() == ()
 
 
-STATE = '{"schema": 5, "generation": 1, "kept": [1], %s}'
+STATE = '{"schema": 6, "generation": 1, "kept": [1], %s}'
 
 
 @pytest.mark.parametrize(
@@ -323,15 +323,15 @@ STATE = '{"schema": 5, "generation": 1, "kept": [1], %s}'
         ("", "state.json cannot be used: it does not hold what it should"),
         ("[]", "it does not hold what it should"),
         ("null", "it does not hold what it should"),
-        ('{"schema": 5}', "it does not hold what it should"),
-        ('{"schema": 5, "generation": "x"}', "it does not hold what it should"),
+        ('{"schema": 6}', "it does not hold what it should"),
+        ('{"schema": 6, "generation": "x"}', "it does not hold what it should"),
         (STATE.replace("1", "7") % '"applied": {}, "listed": {}', "it is gone"),
         (STATE % '"applied": {}, "listed": []', "it does not hold what it should"),
         (STATE % '"applied": {}, "listed": {"inet itm_m": 3}', "it does not hold what it should"),
         (STATE % '"applied": 3, "listed": {}', "it does not hold what it should"),
         ("\udcff", "it does not hold what it should"),
-        ('{"schema": 99}', "state.json has version 99, not 5"),
-        ('{"schema": 1}', "state.json has version 1, not 5"),
+        ('{"schema": 99}', "state.json has version 99, not 6"),
+        ('{"schema": 1}', "state.json has version 1, not 6"),
     ],
 )
 def test_a_damaged_state_file_changes_nothing(host, content, message):

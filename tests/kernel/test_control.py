@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from itmlang.diagnostics import CompileError
-from itmlang.links import handle
+from itmlang.links import class_number, handle
 from itmlang.pipeline import compile
 from itmlang.source import Source
 from runtime import apply as runtime_apply
@@ -48,6 +48,10 @@ def told(situation):
         while True:
             pass
     return float(text) if text[:1].isdigit() else text
+
+def slowly(situation):
+    time.sleep(0.3)
+    return told(situation)
 
 def tick():
     with open(FILE.with_name("ticks"), "a") as file:
@@ -312,12 +316,37 @@ def test_a_law_in_trouble_leaves_the_parameter_and_says_so(machine: Machine, tol
     until(lambda: in_force() in ("39", "40", "41", "42"), limit=20)
 
 
+def test_many_slow_turns_are_no_law_that_hangs(machine: Machine) -> None:
+    machine.apply(text(TOLD.replace("law:told", "law:slowly")))
+    until(lambda: len(machine.log()) >= 15, limit=20)
+    assert not any("too long" in one["blocked"] for one in machine.log())
+
+
 def test_a_law_that_cannot_be_loaded_refuses_the_file_at_its_line(machine: Machine) -> None:
     with pytest.raises(CompileError) as caught:
         machine.apply(text(TOLD.replace("law:told", "law:nothing")))
     (found,) = caught.value.diagnostics
     assert (found.code, found.span is not None and found.span.line) == ("E063", 7)
     assert nft.tables() == ()
+
+
+def test_a_change_to_a_law_that_cannot_be_loaded_is_refused_and_the_old_one_goes_on(
+    machine: Machine,
+) -> None:
+    machine.tell(20)
+    machine.apply(text(f'{TOLD} every 100ms call "law:tick"'))
+    until(lambda: in_force() == "20")
+    for wrong in (TOLD.replace("law:told", "law:nothing"), 'every 100ms call "law:nothing"'):
+        with pytest.raises(CompileError) as caught:
+            machine.apply(text(wrong))
+        (found,) = caught.value.diagnostics
+        assert (found.code, found.span is not None and found.span.line) == ("E063", 7)
+    machine.tell(30)
+    until(lambda: in_force() in ("29", "31"))
+    ticked = machine.ticks
+    until(lambda: machine.ticks > ticked)
+    machine.apply(text(TOLD.replace("2-200", "2-100")))  # nothing stands in the way of a good one
+    until(lambda: in_force() in ("29", "30", "31"))
 
 
 def test_a_change_in_between_is_waited_for(machine: Machine) -> None:
@@ -394,6 +423,28 @@ def test_a_file_of_a_link_alone(machine: Machine) -> None:
         runtime_apply.remove(["wan"])
 
 
+def test_a_class_keeps_what_it_counted_whichever_come_and_go_beside_it(machine: Machine) -> None:
+    classes = {
+        "fast": "class fast { priority 0  dscp ef }",
+        "bulk": "class bulk { priority 1 }",
+        "web": "class web { priority 2  dscp cs3 }",
+    }
+
+    def load(*names: str) -> Mapping[str, int]:
+        body = " ".join(classes[name] for name in names)
+        machine.apply(f'link wan {{ interface "eth1"  rate 10 mbit  {body}  otherwise bulk }}')
+        return {one.name: one.packets for one in machine.link().classes}
+
+    load("fast", "bulk")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ends:
+        ends.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, 46 << 2)
+        for _ in range(30):
+            ends.sendto(b"x", (PEER, 5000))
+    until(lambda: machine.link().classes[0].packets == 30)
+    assert load("web", "bulk", "fast")["fast"] == 30
+    assert load("bulk", "fast")["fast"] == 30
+
+
 def test_a_link_is_switched_off_and_on(machine: Machine) -> None:
     bare = tc("eth1")
     machine.apply(LINK.format(interface="eth1", rate="5 mbit"))
@@ -417,6 +468,18 @@ def test_a_missing_interface_refuses_and_a_pattern_waits(machine: Machine) -> No
     veth(machine.here, "veth3", machine.there, "veth4")
     until(lambda: "htb" in tc("veth3"))
     assert machine.link().interfaces == ("veth3",)
+
+
+def test_a_rate_over_what_the_hardware_sends_needs_force(machine: Machine) -> None:
+    with pytest.raises(MachineError) as caught:
+        machine.apply(text(link=True, rate="11 gbit"))  # veth says 10
+    assert [one.code for one in caught.value.diagnostics] == ["E070"]
+    assert "htb" not in tc("eth1") and nft.tables() == ()
+    machine.apply(text(link=True, rate="11 gbit"), force=True)
+    assert rate() == 11_000_000_000
+    # Whoever changes another line of the file is not asked again.
+    machine.apply(text(link=True, rate="11 gbit").replace("dport 5000", "dport 5001"))
+    assert rate() == 11_000_000_000
 
 
 def test_an_interface_that_comes_back_gets_its_link_again(machine: Machine) -> None:
@@ -447,6 +510,60 @@ def test_somebody_elses_qdisc_is_not_replaced_but_put_aside(machine: Machine) ->
     assert tc("eth1") == theirs
 
 
+def test_a_qdisc_that_somebody_sets_later_stays_until_force(machine: Machine) -> None:
+    wan = LINK.format(interface="eth1", rate="5 mbit")
+    machine.apply(wan, "wan.itm")
+    theirs = [
+        "tc",
+        "qdisc",
+        "replace",
+        "dev",
+        "eth1",
+        "root",
+        "handle",
+        "9:",
+        "pfifo",
+        "limit",
+        "3",
+    ]
+    subprocess.run(theirs, check=True)
+    found = tc("eth1")
+    beside = machine.apply(text(""))
+    assert "pfifo" in " ".join(beside.told) and tc("eth1") == found
+    assert runtime_apply.switch(["p"], on=False) == ("p",)
+    assert "--force" in " ".join(machine.apply(wan, "wan.itm").told) and tc("eth1") == found
+    runtime_apply.switch(["wan"], on=False)
+    runtime_apply.switch(["wan"], on=True)
+    assert tc("eth1") == found
+    machine.apply(wan, "wan.itm", force=True)
+    assert rate() == 5_000_000
+    # Who gave leave is not asked again, to switch off and on, or to go back.
+    runtime_apply.switch(["wan"], on=False)
+    assert tc("eth1") == found
+    runtime_apply.switch(["wan"], on=True)
+    assert rate() == 5_000_000
+    runtime_apply.remove(["wan"])
+    assert tc("eth1") == found
+    runtime_apply.rollback()
+    assert rate() == 5_000_000
+    runtime_apply.remove(["wan"])
+    with pytest.raises(MachineError):
+        machine.apply(wan, "wan.itm")  # which is another matter
+    assert tc("eth1") == found
+
+
+def test_leave_to_put_aside_is_for_what_was_there(machine: Machine) -> None:
+    wan = LINK.format(interface="eth1", rate="5 mbit")
+    theirs = ["tc", "qdisc", "replace", "dev", "eth1", "root", "handle", "9:", "pfifo", "limit"]
+    subprocess.run([*theirs, "3"], check=True)
+    machine.apply(wan, force=True)
+    runtime_apply.switch(["wan"], on=False)
+    subprocess.run([*theirs, "4"], check=True)
+    found = tc("eth1")
+    runtime_apply.switch(["wan"], on=True)
+    assert tc("eth1") == found
+
+
 def test_what_the_kernel_refuses_leaves_the_link_as_it_was(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -475,13 +592,18 @@ def test_a_change_that_is_not_confirmed_takes_the_link_back(machine: Machine) ->
 def test_drift_of_a_link_is_told_and_mended(machine: Machine) -> None:
     machine.apply(text(link=True))
     subprocess.run(
-        ["tc", "class", "change", "dev", "eth1", "parent", _class(1), "classid", _class(0x20),
+        ["tc", "class", "change", "dev", "eth1", "parent", _class(1), "classid", _class(class_number("bulk")),
          "htb", "rate", "2mbit", "prio", "1"], check=True,
     )  # fmt: skip
     link = machine.link()
     assert link.drift and "eth1" in " ".join(link.changed)
+    change, _ = runtime_apply.planned(machine.unit(text(link=True)))
+    assert [(c.action, c.kind, c.name) for c in change.changes if c.action != "keep"] == [
+        ("replace", "link", "wan")
+    ]
     machine.apply(text(link=True))
     assert not machine.link().drift
+    assert runtime_apply.planned(machine.unit(text(link=True)))[0].empty
 
 
 def _class(number: int) -> str:

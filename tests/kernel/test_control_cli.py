@@ -320,6 +320,14 @@ def test_without_the_runtime_status_says_so(site: Site) -> None:
     assert "threshold is not controlled: the runtime does not run: `itmc apply`" in text
 
 
+def test_without_the_runtime_a_rate_is_what_it_was_left_at(site: Site) -> None:
+    site.tell(250_000)
+    site.apply(RATE)
+    until(lambda: controller()["in_force"] == "2 mbit")
+    site.kill()
+    assert (controller()["value"], controller()["in_force"]) == (None, "2 mbit")
+
+
 # The log.
 
 
@@ -394,6 +402,13 @@ def test_a_link_is_listed_switched_and_removed(site: Site) -> None:
 def tc() -> str:
     done = subprocess.run(["tc", "qdisc", "show", "dev", "eth1"], capture_output=True, text=True)
     return done.stdout
+
+
+def test_a_link_has_nothing_to_set(site: Site) -> None:
+    site.apply(TICK)
+    done = run("set", "wan.rate", "5 mbit")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "`wan` is a link" in done.stderr and "apply" in done.stderr
 
 
 @pytest.mark.parametrize("how", ["on", "off", "killed"])

@@ -28,7 +28,7 @@ from runtime.cli.files import reader
 from runtime.errors import UsageError
 from runtime.plan import Plan
 from runtime.store import load
-from runtime.traffic import Namespace, veth
+from runtime.traffic import Namespace, add_address, add_link_route, veth
 from runtime.units import Recorder, Unit, unit_of
 from tests.support.cases import CASES
 from tests.support.cases import read as read_case
@@ -155,6 +155,11 @@ def unit_of_file(path: Path, folder: Path) -> Unit:
 def test_what_was_just_applied_needs_nothing(host, batch, tmp_path):
     """Of every policy of the library and every case."""
     veth(host, "eth0", host, "eth1")
+    # What overlays need: their own address, a way to the others, a key.
+    add_address(host, "lo", "192.0.2.1/32")
+    add_link_route(host, "192.0.2.0/24", "eth0")
+    (tmp_path / "mesh.key").write_text("a key of some length\n")
+    (tmp_path / "mesh.key").chmod(0o600)
     problems = []
     for path in FILES[batch::BATCHES]:
         one = unit_of_file(path, tmp_path)

@@ -578,7 +578,7 @@ def test_others_lose_nothing_meanwhile(host: Namespace) -> None:
         while not over.is_set():
             ends.send(b"%d" % len(sent))
             sent.append(b"%d" % len(sent))
-            time.sleep(0.002)
+            time.sleep(0.002 * PATIENCE)  # as slow as who serves them
 
     def change() -> None:
         made = app.register("input", libitm.Info(interest=libitm.Interest(protocol="icmp")))
@@ -587,7 +587,7 @@ def test_others_lose_nothing_meanwhile(host: Namespace) -> None:
     def drive() -> None:
         sender = threading.Thread(target=send)
         sender.start()
-        timer = app.register_timer(change, seconds=0.3)
+        timer = app.register_timer(change, seconds=0.3 * PATIENCE)
         until(lambda: timer.calls >= 3)
         change()
         over.set()

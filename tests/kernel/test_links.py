@@ -687,7 +687,10 @@ def test_a_pattern(ends):
     box, _ = ends
     wanted = [link(interface="veth*"), link(name="in", interface="veth*", ingress=True)]
     stored = put(*wanted)
-    assert (stored, links.wrong(wanted)) == ({"egress": {}, "ingress": {}}, {"wan": [], "in": []})
+    assert (stored, links.wrong(wanted)) == (
+        {"egress": {}, "ingress": {}, "aside": {}},
+        {"wan": [], "in": []},
+    )
     veth(box, "veth1", box, "veth2")
     assert links.interfaces(wanted[0]) == ["veth1", "veth2"]
     assert links.wrong(wanted)["wan"] == [
@@ -701,7 +704,7 @@ def test_a_pattern(ends):
     assert links.interfaces(wanted[0]) == []
     assert links.stats(wanted) == {}
     stored = put(*wanted, earlier=stored)
-    assert stored == {"egress": {}, "ingress": {}}
+    assert stored == {"egress": {}, "ingress": {}, "aside": {}}
     assert "itm-" not in devices()
 
 
@@ -728,6 +731,21 @@ def test_an_interface_that_is_made_anew(ends):
     # The tree was the other one's.
     links.take_away(stored)
     assert queues("veth1") == before
+    assert "itm-" not in devices()
+
+
+def test_nothing_is_left_at_an_interface_that_got_another_name(ends):
+    box, _ = ends
+    veth(box, "veth1", box, "veth2")
+    tc("qdisc add dev veth1 root handle 1: pfifo limit 5")
+    theirs = queues("veth1")
+    wanted = [link(interface="veth1"), link(name="in", interface="veth1", ingress=True)]
+    stored = put(*wanted)
+    ip("link set veth1 down")
+    ip("link set veth1 name other")
+    stored = put(*wanted, earlier=stored)
+    assert queues("other") == theirs.replace("veth1", "other")
+    assert (stored["egress"], stored["ingress"]) == ({}, {})
     assert "itm-" not in devices()
 
 

@@ -65,3 +65,25 @@ def test_bits_of_connections_marks_are_cleared_and_others_stay(host: Namespace) 
     assert netlink.clear_marks(0xF000_0000) == 0
     assert netlink.clear_marks(0x0000_0001) == 2, "the lower bits had stayed"
     assert netlink.clear_marks(0x0B00_0000) == 3
+
+
+def test_elements_of_one_set_sorted_and_the_same_as_long_as_nobody_changes_them(
+    host: Namespace,
+) -> None:
+    nft.load(
+        "table inet t { chain c { }; set s { type ipv4_addr; flags interval; }; "
+        "map m { type inet_service : verdict; }; set empty { type mark; }; }\n"
+        "add element inet t s { 10.0.0.0/8, 192.168.0.1 }\n"
+        "add element inet t m { "
+        + ", ".join(f"{port} : goto c" for port in range(1, 5001))
+        + " }\n"
+    )
+    before = netlink.elements("inet t", "m")
+    assert (len(before), before) == (5000, sorted(before))
+    assert netlink.elements("inet t", "m") == before
+    assert netlink.elements("inet t", "empty") == []
+    assert netlink.elements("inet t", "s") != []
+    nft.load("delete element inet t m { 7 }\nadd element inet t m { 7 : jump c }\n")
+    assert netlink.elements("inet t", "m") != before
+    with pytest.raises(OSError, match="No such file"):
+        netlink.elements("inet t", "nothing")

@@ -211,7 +211,7 @@ def test_a_namespace_without_a_name_keeps_nothing(tmp_path, monkeypatch):
     lambda raw: raw[:60] + bytes([raw[60] ^ 1]) + raw[61:],
     lambda raw: b"no gzip",
     lambda raw: gzip.compress(b"[]"),
-    lambda raw: gzip.compress(b'{"schema": 5}'),
+    lambda raw: gzip.compress(b'{"schema": 6}'),
 ])  # fmt: skip
 def test_a_damaged_file_is_a_clear_error(box, damage):
     mark(4)

@@ -1250,6 +1250,19 @@ def test_one_runtime_serves_a_namespace(machine, ends):
     assert commands.processes() == {}
 
 
+def test_a_handler_that_cannot_be_loaded_is_in_nobodys_way(machine, ends):
+    """A queue of a fixed number has one reader: the handler is only tried once the old one went."""
+    machine.handlers(VERSION % 1)
+    fixed = "queues 1 from 100"
+    machine.apply(text(more=fixed))
+    with suppress(CompileError):
+        machine.apply(text('call "hand:nothing"', more=fixed))
+    machine.apply(text(more=fixed))
+    udp = ends()
+    udp.send(b"x")
+    assert udp.receive() == b"x 1"
+
+
 def test_another_reader_of_the_queue_is_named(machine):
     machine.handlers(VERSION % 1)
     with closing(

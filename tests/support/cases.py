@@ -4,6 +4,7 @@
     --- policy
     policy … { … }
     --- nftables [NAME …]       the golden text of these chains and sets
+    --- linear [NAME …]         the same without optimisations, where they make a difference
     --- file NAME               a file that the policy includes or reads; before `nftables`
     --- python NAME             a module with handlers; before `nftables`
     --- packets [PATH]          forward if not given
@@ -25,6 +26,7 @@ from types import FunctionType
 from itmlang import syntax, values
 from itmlang.actions import Action
 from itmlang.diagnostics import CompileError, Findings, render
+from itmlang.dispatch import OPTIMISATIONS
 from itmlang.evaluate import Scope, single, value_set
 from itmlang.headers import Packet as Headers
 from itmlang.marks import KEPT
@@ -70,6 +72,7 @@ class Case:
     policy: str
     blocks: tuple[str, ...]  # the chains and sets of the golden text
     golden: str
+    linear: tuple[tuple[str, ...], str] | None  # as blocks and golden text, not optimised
     sends: tuple[Send, ...]
     files: Mapping[str, Source]
     modules: Mapping[str, str]
@@ -114,10 +117,20 @@ class Case:
     def name(self) -> str:
         return str(self.path.relative_to(CASES).with_suffix(""))
 
-    @cache  # noqa: B019  a case lives as long as the run
     def compiled(self) -> Compiled:
+        return self._compiled(True)
+
+    @property
+    def forms(self) -> list[Compiled]:
+        """The policies as they are compiled, and without optimisations where that differs."""
+        best, plain = self._compiled(True), self._compiled(False)
+        return [best] if best.text.text == plain.text.text else [best, plain]
+
+    @cache  # noqa: B019  a case lives as long as the run
+    def _compiled(self, optimise: bool) -> Compiled:
+        passes = OPTIMISATIONS if optimise else ()
         try:
-            return compile(Source(self.path.name, self.policy), self._read)
+            return compile(Source(self.path.name, self.policy), self._read, optimisations=passes)
         except CompileError as error:
             raise AssertionError("\n".join(map(render, error.diagnostics))) from None
 
@@ -130,11 +143,15 @@ class Case:
     def bless(self) -> None:
         """Put the nftables that come out today into the file."""
         text = self.path.read_text()
-        head, rest = re.split(r"(?<=--- nftables)(?=[ \n])", text, maxsplit=1)
-        names, _, rest = rest.partition("\n")
+        head, _, rest = text.partition("--- nftables")
+        names = rest.partition("\n")[0]
         packets = rest[rest.index("--- packets") :]
-        shown = printed(self.compiled(), self.blocks)
-        self.path.write_text(f"{head}{names}\n{shown}\n{packets}")
+        shown = f"--- nftables{names}\n{printed(self.compiled(), self.blocks)}\n"
+        if self.linear is not None:
+            blocks, _ = self.linear
+            plain = printed(self._compiled(False), blocks)
+            shown += f"--- linear {' '.join(blocks)}\n{plain}\n"
+        self.path.write_text(f"{head}{shown}{packets}")
 
 
 def cases() -> list[Case]:
@@ -147,6 +164,7 @@ def read(path: Path) -> Case:
     claim = text[: marks[0].start()].strip()
     assert claim.startswith("# ") and "\n" not in claim, f"{path}: begin with one line, the claim"
     policy = golden = ""
+    linear = None
     blocks: tuple[str, ...] = ()
     sends: list[Send] = []
     files: dict[str, Source] = {}
@@ -159,6 +177,8 @@ def read(path: Path) -> Case:
                 policy = content
             case "nftables":
                 golden, blocks = content.strip("\n"), tuple(argument.split())
+            case "linear":
+                linear = tuple(argument.split()), content.strip("\n")
             case "packets":
                 line = text.count("\n", 0, mark.end()) + 2
                 sends += _sends(path, line, argument or "forward", content)
@@ -168,7 +188,7 @@ def read(path: Path) -> Case:
                 modules[argument] = content
             case other:
                 raise ValueError(f"{path}: no section is called {other}")
-    return Case(path, claim[2:], policy, blocks, golden, tuple(sends), files, modules)
+    return Case(path, claim[2:], policy, blocks, golden, linear, tuple(sends), files, modules)
 
 
 def _sends(path: Path, first: int, route: str, content: str) -> list[Send]:
@@ -197,20 +217,26 @@ def _sends(path: Path, first: int, route: str, content: str) -> list[Send]:
 
 
 def printed(compiled: Compiled, blocks: tuple[str, ...]) -> str:
-    """The named chains and sets of the ruleset, without comments."""
+    """The named chains, sets and maps of the ruleset, without comments."""
     shown, inside, table = [], False, ""
     several = len(compiled.policies) > 1
     for line in compiled.text.text.splitlines():
         if line.startswith("table ") and line.endswith("{"):
             table = line.split()[2]
         word = line.split()
-        if line[:1] == "\t" and line[1:2] not in ("\t", "}") and word[:1] in (["chain"], ["set"]):
+        if (
+            line[:1] == "\t"
+            and line[1:2] not in ("\t", "}")
+            and word[:1] in (["chain"], ["set"], ["map"])
+        ):
             inside = word[1] in blocks
             if inside and several:
                 shown.append(f"# {table}")
+        if line.startswith("add element "):
+            inside = word[4] in blocks
         if inside and not line.strip().startswith("#"):
             shown.append(_COMMENT.sub("", line.removeprefix("\t")))
-        inside = inside and line != "\t}" and not line.endswith("; }")
+        inside = inside and line not in ("\t}", "}") and not line.endswith("; }")
     return "\n".join(shown)
 
 

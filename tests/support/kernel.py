@@ -177,12 +177,14 @@ class Wire:
             sender.sendto(data, (socket.inet_ntop(family, destination), 0))
 
     def counted(self, ruleset: Ruleset) -> dict[str, int]:
-        """All counters of a ruleset's policies, by policy and what they count."""
+        """The counters of a ruleset's policies that have a meaning there, by policy and what they
+        count: those of an overlay's paths have none."""
         return {
             f"{counter.policy} {counter.kind} {counter.of}": found[counter.name]
             for table in ruleset.tables
             for found in (self.counters(table.path),)
             for counter in table.counters
+            if counter.kind not in ("via", "sent", "back")
         }
 
     def counters(self, path: str) -> dict[str, int]:

@@ -106,7 +106,13 @@ KEYS = (
     "daddr, protocol", "mark", "saddr, sport, daddr, dport",
 )  # fmt: skip
 CLASSES = ("a", "b", "c", "d")
+MANY = ("a", "b", "c", "d", "e", "f", "g", "h")  # of policies with many classes
 
+# What stands beside a field that is looked up.
+LEAVES_OF_MANY = (
+    "ttl == 64", "not ttl == 5", "f.packets > 1", "protocol == tcp", "daddr in @hosts",
+    "daddr != 10.0.0.1", "tcp.flags == syn", "sport != 2", "saddr in @met", "length > 60",
+)  # fmt: skip
 _NETWORKS = {4: (0x0A000100, 0x0A000200), 6: (0xFD000001 << 96, 0xFD000002 << 96)}
 _MANAGER = {4: 0x0A0002FE, 6: (0xFD000002 << 96) + 0xFE}
 _CLIENTS_GATEWAY = {4: 0x0A0001FE, 6: (0xFD000001 << 96) + 0xFE}
@@ -186,6 +192,8 @@ class Chance(Random):
         used = self.sample(CLASSES, self.randint(1, 4))
         here = tuple(leaf for leaf in pool if self._stands(leaf, at))
         rules = [f"{c} when {self.condition(here, 3)}" for c in used]
+        if self.some(0.35):
+            rules = self.many(here)
         if self.some(0.3):
             rules.append(self.choice(CLASSES))
         classes = sorted({rule.split()[0] for rule in rules})
@@ -200,6 +208,52 @@ class Chance(Random):
             f"classify {{ {' '.join(rules)} }} log {{ count f count g {notes} }} "
             f"process {{ {blocks} }} {update} }}"
         )
+
+    def many(self, pool: tuple[str, ...]) -> list[str]:
+        """Rules of many classes, such as become tables: of one field, of several, alternating."""
+        kinds = self.sample(range(12), self.choice((1, 2, 2, 3, 4)))
+        number = self.choice((4, 8, 20, 50, 120))
+        if self.some(0.3):  # runs of each kind
+            order = sorted(self.choices(kinds, k=number))
+        else:
+            order = self.choices(kinds, k=number)
+        other = self.choice((0.0, 0.0, 0.05, 0.2))  # what no table has
+        return [
+            f"{self.choice(MANY)} when {self.leaf(pool) if self.some(other) else self._asks(kind)}"
+            for kind in order
+        ]
+
+    def _asks(self, kind: int) -> str:
+        end = self.choice(("saddr", "daddr"))
+        one, two = sorted((self.randint(0, 9), self.randint(0, 9)))
+        port, last = sorted((self.choice((0, 1, 2, 3, 80)), self.choice((1, 2, 3, 4, 79, 80, 90))))
+        address = self.choice((f"10.0.0.{one}", f"fd00::{one}"))
+        wide = self.choice((f"10.0.0.{one & ~3}/30", "fd00::/126", f"10.0.0.{one}-10.0.0.{two}"))
+        match kind:
+            case 0:
+                return f"saddr == {address}"
+            case 1:
+                return f"{end} in {wide}"
+            case 2:
+                return f"daddr in {{ {address}, {wide} }}"
+            case 3:
+                return f"dport == {port}"
+            case 4:
+                return f"sport in {port}-{last}"
+            case 5:
+                return f"saddr == {address} and dport in {port}-{last}"
+            case 6:
+                return f"protocol == {self.choice(('tcp', 'udp', '58'))} and {end} in {wide}"
+            case 7:
+                return f"dport in {{ {port}, {last} }} or sport == {last}"
+            case 8:
+                return f"saddr in {wide} and {self.choice(LEAVES_OF_MANY)}"
+            case 9:
+                return f"dport in {port}-{last} and not saddr == {address}"
+            case 10:
+                return f"mark == {self.randint(0, 2)} and {end} == {address}"
+            case _:
+                return f"daddr in @hosts and (dport == {port} or ttl == {self.choice((2, 64))})"
 
     def _template(self, pool: tuple[str, ...], wants: Wants, hooks: tuple[str, ...]) -> str:
         pool = (*pool, *(("f.packets > most", "dport in these", "saddr in whom") * 6))
