@@ -41,7 +41,7 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest -n auto --dist worksteal
+	$(BIN)/pytest -n auto
 
 # TESTS="…": these instead of its own choice, with any options of pytest.
 test-stock: setup stock-debian
