@@ -132,7 +132,7 @@ class Conditions:
             return None
         if inverted:
             found = values.complement(found)
-        return ir.Test(field, found, span, named)
+        return ir.Test(field, found, span, None if named is None or named.inline else named)
 
     def condition(self, node: syntax.Condition) -> ir.Condition | None:
         """The condition, its names resolved and its values typed."""

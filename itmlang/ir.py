@@ -19,12 +19,14 @@ from itmlang.values import Ranges, Type, ValueSet
 
 @dataclass(frozen=True, eq=False)
 class NamedSet:
-    """A set of values that has a name, so that rules can refer to it by that."""
+    """A set of values that has a name, so that rules can refer to it by that; with `inline` they
+    say its values instead."""
 
     name: str
     type: Type
     values: ValueSet
     span: Span
+    inline: bool = False
 
 
 @dataclass(frozen=True, eq=False)

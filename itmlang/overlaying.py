@@ -39,6 +39,7 @@ _MOST_REMEMBERED: Final = 64  # answers that decide whether a path is out
 _EVERY, _LOST, _MARGIN = 1000, (3, 4), 10
 _HOLD: Final = 5  # probe periods
 _DISCOVERED: Final = 64
+FEWEST: Final = 4  # networks that are a set: fewer are as quick, and easier to read, in the rule
 _CONTRADICTION: Final = "E071"
 _Line = TypeVar(
     "_Line", syntax.OverlaySelf, syntax.OverlayProbe, syntax.OverlayChoose, syntax.OverlayKey,
@@ -78,7 +79,8 @@ def named_sets(
                 (IPV4, *ends(prefix)) for to in one.destinations for prefix in to.prefixes
             )
         name, type = node.name.text, values.ADDRESS
-        found[name] = ir.NamedSet(name, type, networks, node.span)
+        few = one is not None and sum(len(to.prefixes) for to in one.destinations) < FEWEST
+        found[name] = ir.NamedSet(name, type, networks, node.span, inline=few)
         if one is not None and one.discover:
             size = 2 * MOST_DESTINATIONS
             found[name] = ir.LearnedSet(name, type, None, size, node.span, networks)

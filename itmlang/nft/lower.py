@@ -32,7 +32,7 @@ from itmlang import ir, marks, overlays, rates, values
 from itmlang.actions.route import RouteBy
 from itmlang.capabilities import EVERYTHING, Capabilities
 from itmlang.diagnostics import Findings
-from itmlang.dispatch import OPTIMISATIONS, dispatch
+from itmlang.dispatch import FEWEST, OPTIMISATIONS, dispatch
 from itmlang.fields import ANY_FAMILY, EGRESS, Field, hook_kind
 from itmlang.nft import tunnels
 from itmlang.nft.dispatch import Lowering as Dispatching
@@ -366,11 +366,12 @@ class _Lowering:
             for base in bases:
                 self._rule(base, self._goto("interest"), span)
         overlay = self.policy.overlay
-        if overlay is not None and overlay.destinations:
-            self._watched("back", overlay)
-            self._rule(chain, self._watching("back", overlay), overlay.span)
+        # What Python takes out of a tunnel comes by no such rule: then nothing is watched.
+        watched = [] if overlay is None or self._inward is None else self._watched("back", overlay)
         if self._inward is not None:
-            self._out_of_tunnel(chain, self._inward)
+            self._out_of_tunnel(chain, self._inward, watched)
+        for text in watched:
+            self._rule(chain, text, span)
         if self.table.family == "netdev":
             self._rule(chain, "meta protocol != { ip, ip6 } return", span)
         if asks_transport(self.whole.interest) and self.fragments is not None:
@@ -879,18 +880,19 @@ class _Lowering:
         overlay = next(one for one in self.policy.routes if one.name == action.overlay)
         map = f"{self.prefix}{overlay.chosen}"
         # What came out of a tunnel, and the runtime's probes, have a number in the mark.
-        free = f"meta mark & {marks.TUNNEL_BITS:#010x} == 0"
+        free = f"meta mark & {marks.TUNNEL_BITS:#010x} == 0 "
+        if not self._updates:
+            self._rule(chain, f"{tunnels.TAKEN} accept", step.span, name)
+            free = ""
         known = any(one.name == map for one in self.table.sets)
-        if overlay.destinations:  # where all are learned, none are counted
-            if not known:
-                self._watched("sent", overlay)
-            self._rule(chain, self._watching("sent", overlay), step.span, name)
+        if not overlay.in_python:
+            for text in self._watched("sent", overlay):
+                self._rule(chain, f"{free}{text}", step.span, name)
         stays = self._staying(overlay)
         if stays:
-            self._rule(
-                chain, f"{free} {stays} vmap @{self.prefix}{overlay.staying}", step.span, name
-            )
-        self._rule(chain, f"{free} ip daddr vmap @{map}", step.span, name)
+            to = f"@{self.prefix}{overlay.staying}"
+            self._rule(chain, f"{free}{stays} vmap {to}", step.span, name)
+        self._rule(chain, f"{free}ip daddr vmap @{map}", step.span, name)
         self._end(chain, step.action.ending, step.span, name)
         if known:
             return
@@ -938,29 +940,43 @@ class _Lowering:
             self._stay[overlay.name] = place or 0
         return f"ct mark & {overlays.STAY_BITS << self._stay[overlay.name]:#010x}"
 
-    def _watching(self, what: str, overlay: overlays.Overlay) -> str:
-        """The rule that counts an overlay's TCP packets, "sent" or come "back", by egress."""
+    def _watched(self, what: str, overlay: overlays.Overlay) -> list[str]:
+        """Rules that count an overlay's TCP packets, "sent" or come "back", by egress: a path that
+        answers probes may lose data. For a few they are as quick as a look-up."""
         field = "daddr" if what == "sent" else "saddr"
-        return f"meta l4proto tcp ip {field} vmap @{self.prefix}{what}_{overlay.name}"
-
-    def _watched(self, what: str, overlay: overlays.Overlay) -> None:
-        """The counters of those packets: a path that answers probes may lose data."""
-        elements, verdicts = [], []
-        for egress in overlay.egresses:
-            name = overlays.counted(what, egress)
-            counting = self._chain(name, overlay.span)
-            self._rule(counting, self._counter(name, what, name, overlay.span), overlay.span)
-            for prefix in (
-                p for d in overlay.destinations if d.egress == egress for p in d.prefixes
-            ):
-                elements.append(values.prefix_text(IPV4, *overlays.ends(prefix)))
-                verdicts.append(f"jump {counting.name}")
-        self.table.values.append(
-            ValueSet(
-                f"{self.prefix}{what}_{overlay.name}", "ipv4_addr", tuple(elements), overlay.span,
-                verdicts=tuple(verdicts),
+        to = {
+            egress: [
+                values.prefix_text(IPV4, *overlays.ends(prefix))
+                for one in overlay.destinations
+                if one.egress == egress
+                for prefix in one.prefixes
+            ]
+            for egress in overlay.egresses
+        }
+        counters = {
+            egress: self._counter(name, what, name, overlay.span)
+            for egress in to
+            for name in (overlays.counted(what, egress),)
+        }
+        if len(to) < FEWEST:
+            return [
+                f"meta l4proto tcp ip {field} "
+                + (networks[0] if len(networks) == 1 else f"{{ {', '.join(networks)} }}")
+                + f" {counters[egress]}"
+                for egress, networks in to.items()
+            ]
+        name = f"{self.prefix}{what}_{overlay.name}"
+        if all(one.name != name for one in self.table.values):
+            elements, verdicts = [], []
+            for egress, networks in to.items():
+                counting = self._chain(overlays.counted(what, egress), overlay.span)
+                self._rule(counting, counters[egress], overlay.span)
+                elements += networks
+                verdicts += [f"jump {counting.name}"] * len(networks)
+            self.table.values.append(
+                ValueSet(name, "ipv4_addr", tuple(elements), overlay.span, verdicts=tuple(verdicts))
             )
-        )  # fmt: skip
+        return [f"meta l4proto tcp ip {field} vmap @{name}"]
 
     def _into_tunnel(self, chain: Chain, span: Span, name: str) -> None:
         """The class's packets go into a tunnel of the kernel's own."""
@@ -1004,15 +1020,17 @@ class _Lowering:
                     )  # fmt: skip
                     self.table.tunnels.append(self._inward)
 
-    def _out_of_tunnel(self, chain: Chain, tunnel: Tunnel) -> None:
+    def _out_of_tunnel(self, chain: Chain, tunnel: Tunnel, watched: Iterable[str]) -> None:
         """What a program on the link took out of a tunnel is counted for its class."""
         name, span = tunnel.name, tunnel.span
         taken = self._chain(f"taken_{name}", span)
         taken.role, taken.number = "tunnel", tunnel.number
         counter = self._counter(f"class_{name}", "class", name, span)
-        for text in tunnels.rules(tunnel, counter):
+        for text in tunnels.rules(tunnel, counter, watched):
             self._rule(taken, text, span, name)
-        self._rule(chain, f"{tunnels.TAKEN} {taken.name}", span, name)
+        # An overlay's own policy has nothing else to ask of what goes into a tunnel.
+        word = "jump" if self.policy.overlay is None else "goto"
+        self._rule(chain, f"{tunnels.TAKEN} {word} {taken.name}", span, name)
 
     def _decided(self, chain: Chain, steps: ir.Steps, index: int, name: str) -> None:
         """What was decided for the connection holds, and its packets stay in the kernel."""

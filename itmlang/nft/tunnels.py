@@ -6,7 +6,7 @@ packet for its class and clears it. Numbers are the machine's: two files may com
 same one, and then the second one's are changed when it is applied.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from itmlang import marks
@@ -14,17 +14,19 @@ from itmlang.nft.model import Chain, Rule, Ruleset, Table, Tunnel
 
 _BITS = f"meta mark & {marks.TUNNEL_BITS:#010x}"
 _OTHERS = marks.ALL ^ marks.TUNNEL_BITS
-# In a base chain: packets that a program took out of a tunnel.
-TAKEN = f"{_BITS} != 0 jump"
+# In a base chain: packets that a program took out of a tunnel, or that go into one.
+TAKEN = f"{_BITS} != 0"
 
 
-def rules(tunnel: Tunnel, counter: str) -> tuple[str, ...]:
-    """What stands in the tunnel's chain; `counter` counts for its class."""
+def rules(tunnel: Tunnel, counter: str, between: Iterable[str] = ()) -> tuple[str, ...]:
+    """What stands in the tunnel's chain; `counter` counts for its class. `between` are further
+    rules for what came out of it."""
     number = f"{tunnel.number << marks.TUNNEL_SHIFT:#010x}"
     if not tunnel.inward:
         return (f"meta mark set meta mark & {_OTHERS:#010x} | {number}", "accept")
     return (
         f"{_BITS} != {number} return",
+        *between,
         f"{counter} meta mark set meta mark & {_OTHERS:#010x} accept",
     )
 
@@ -71,8 +73,9 @@ def _renumbered(table: Table, changes: dict[int, int]) -> Table:
 
 def _with_rules(chain: Chain, tunnel: Tunnel) -> Chain:
     counter = chain.rules[-1].text.partition(" meta mark")[0]
+    between = [rule.text for rule in chain.rules[1:-1]]
     made = [
         Rule(text, rule.span, rule.label)
-        for text, rule in zip(rules(tunnel, counter), chain.rules, strict=True)
+        for text, rule in zip(rules(tunnel, counter, between), chain.rules, strict=True)
     ]
     return replace(chain, rules=made, number=tunnel.number)
